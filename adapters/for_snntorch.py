@@ -19,11 +19,11 @@ from torch.nn import Parameter
 from sparse_backend import dynamics, policy, surrogate
 from sparse_backend.deferred import DeferredCurrent, WeightCache, unusual
 from sparse_backend.enabling import STATE, LayerState
-from sparse_backend.execute import Result, can_trace, run_leaky, run_leaky_traced
+from sparse_backend.execute import can_trace, run_leaky, run_leaky_traced
 from sparse_backend.tensorlike import TensorLike
 from sparse_backend.timefusion import recorder
 
-from .shared import under_saved_tensor_hooks
+from .shared import count, goes_dense, own_forward
 
 _FLOATS = (torch.float32, torch.float64)
 _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}  # Leaky's state functions
@@ -48,6 +48,11 @@ def why_not(module: torch.nn.Module) -> str | None:
         return f"{name} is a subclass of snntorch.Leaky and may differ from it"
     known = getattr(snntorch, name, None) is type(module)
     return f"snntorch.{name} is not accelerated yet" if known else f"{name} is not snntorch.Leaky"
+
+
+def has_spikes(module: torch.nn.Module) -> bool:
+    """Whether a neuron that may be accelerated spikes, so that there is a b_th to choose."""
+    return True
 
 
 def spike_grad(module: Any) -> surrogate.SpikeGrad:
@@ -77,6 +82,9 @@ def _patched_forward(state_for: Any, module: Any, input_: Any, mem: Any = None) 
         return _own_forward(module, input_, mem)
     return _forward(module, state_for(module), input_, mem)
 
+
+#: modules that are not neurons but run better for them: class -> forward and state
+CONTAINERS: dict[type, Any] = {}
 
 #: classes whose `forward` is replaced by `patch`, and by what: called with how to find a module's state first
 PATCHED = {Leaky: _patched_forward}
@@ -296,10 +304,7 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
         else:
             input_.hub.used = True
 
-    go_dense = False
-    if state.dense_for and not under_saved_tensor_hooks():
-        state.dense_for -= 1
-        go_dense = True
+    go_dense = goes_dense(state)
     result = run_leaky(
         input_, (1, *flat), neuron, start, parts.spike_grad, plan.b_th, max_active=policy.MAX_ACTIVE, dense=go_dense
     )
@@ -307,7 +312,7 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     if reshaped:
         spikes = spikes.to_dense() if isinstance(spikes, TensorLike) else spikes
         spikes, after = torch.ops.aten._unsafe_view(spikes, shape), torch.ops.aten._unsafe_view(after, shape)
-    _count(state, plan, result, go_dense)
+    count(state, result, 1, flat[0] * flat[1], plan.b_th, plan.why_dense, dtype.itemsize, asked_dense=go_dense)
     state.last_mem = weakref.ref(after)
     if "mem" in buffers:
         buffers["mem"] = after
@@ -316,33 +321,6 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     if module.__dict__["output"] or not module.__dict__["init_hidden"]:
         return spikes, after
     return spikes
-
-
-def _count(state: LayerState, plan: _Plan, result: Result, asked_dense: bool) -> None:
-    tally = state.tally
-    entries = plan.flat[0] * plan.flat[1]
-    tally.entries += entries
-    if result.kept:
-        tally.kept += result.kept
-        tally.dense_kept += 2 * entries * plan.dtype.itemsize
-    if result.x is None:
-        state.path, state.reason = "sparse step", None
-        state.dense_next = state.DENSE_STEPS_FIRST
-        tally.sparse_steps += 1
-        tally.active += result.n_active
-        tally.spikes += result.n_spikes
-        tally.counted += entries
-        return
-    state.path, state.reason = "dense step", plan.why_dense
-    if state.reason is None:
-        state.reason = "b_th is infinite" if math.isinf(plan.b_th) else policy.WHY_ACTIVE
-    if not asked_dense and not math.isinf(plan.b_th):
-        state.went_dense()
-    if tally.dense_steps % state.COUNT_DENSE_EVERY == 0:
-        tally.active += int((result.x.abs() < plan.b_th).count_nonzero())
-        tally.spikes += int((result.x > 0).count_nonzero())
-        tally.counted += entries
-    tally.dense_steps += 1
 
 
 def _framework(module: Any, state: LayerState, reason: str | None, input_: Any, mem: Any) -> Any:
@@ -354,8 +332,7 @@ def _framework(module: Any, state: LayerState, reason: str | None, input_: Any, 
         input_ = input_.to_dense()
     if isinstance(mem, TensorLike):
         mem = mem.to_dense()
-    function = type(module).forward
-    return getattr(function, "__wrapped__", function)(module, input_, mem)
+    return own_forward(module)(module, input_, mem)
 
 
 def _compiled_forward(module: Any, input_: Any, mem: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from typing import Any
 
@@ -15,10 +14,11 @@ from sparse_backend.deferred import DeferredCurrent, WeightCache, unusual
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute import run_leaky
 from sparse_backend.tensorlike import TensorLike
-from sparse_backend.timefusion.recorder import Placeholder, Recording
+from sparse_backend.timefusion.recorder import Placeholder, Recording, take
 from sparse_backend.timefusion.sites import NeuronSite
 
 from . import for_snntorch as step_form
+from .shared import count
 
 _ZEROS = object()  #: the state of a layer that begins
 
@@ -26,10 +26,39 @@ _ZEROS = object()  #: the state of a layer that begins
 def record(into: Recording, module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     """Record one call of an enabled `Leaky`; None where it has to be run now."""
     own, buffers = module.__dict__, module._buffers
-    kind = type(input_)
-    if kind is not Placeholder and kind is not DeferredCurrent and kind is not Tensor:
-        return None
     before = buffers.get("mem") if mem is None else mem
+    site = state.site
+    if (
+        site is not None
+        and type(input_) is Placeholder
+        and type(before) is Placeholder
+        and input_.spec is site.input_spec
+        and before.spec is site.state_specs[0]
+        and _same_objects(own, buffers, module._parameters, module._modules, site.plan.parts)
+        and (mem is None or not own["init_hidden"])
+    ):  # the next call of the last one's layer with the next step of its input
+        ref = input_.ref
+        ref[0].used |= 1 << ref[1]
+        spikes, after = site.add((ref,), (take(before.ref),))
+    else:
+        recorded = _record_first(into, module, state, input_, before, mem)
+        if recorded is None:
+            return None
+        spikes, after = recorded
+    buffers["mem"] = after
+    if own["output"] or not own["init_hidden"]:
+        return spikes, after
+    return spikes
+
+
+def _record_first(
+    into: Recording, module: Any, state: LayerState, input_: Any, before: Any, mem: Any
+) -> list[Placeholder] | None:
+    """The same for a call that is not just one more of the last one's kind: it is looked at closely."""
+    own, buffers = module.__dict__, module._buffers
+    kind = type(input_)
+    if kind is not Placeholder and kind is not DeferredCurrent and (kind is not Tensor or input_.is_inference()):
+        return None
     if type(before) is not Placeholder and type(before) is not Tensor:
         return None
     if (mem is not None and own["init_hidden"]) or "mem" not in buffers or unusual() is not None:
@@ -38,10 +67,11 @@ def record(into: Recording, module: Any, state: LayerState, input_: Any, mem: An
     plan = state.plan
     if (
         plan is None
-        or module not in into.last_states  # the first call of a forward looks at everything
+        or module not in into.put_back  # the first call of a forward looks at everything
         or plan.shape != shape
         or plan.dtype is not dtype
-        or not _unchanged(own, buffers, module._parameters, plan)
+        or not _same_objects(own, buffers, module._parameters, module._modules, plan.parts)
+        or step_form._versions(plan.parts) != plan.versions
     ):
         plan = state.plan = step_form._make_plan(module, state, step_form._parts(module), shape, dtype)
     parts = plan.parts
@@ -54,61 +84,60 @@ def record(into: Recording, module: Any, state: LayerState, input_: Any, mem: An
     else:
         start = into.state_ref(before)
         if type(start) is Tensor:
-            into.watch(start)
+            if start.is_inference():
+                start = start.clone()  # has no version to be watched by
+            else:
+                into.watch(start)
     key = (id(module), id(plan), into.mode())
-    site = into.sites.get(key)
+    site: Any = into.sites.get(key)
     if site is None:
-        site = into.sites[key] = _site(state, plan)
+        site = into.sites[key] = _site(into, state, plan)
+    learns = torch.is_grad_enabled() and (site.learns or _learns(input_) or _learns(before))
+    site.outputs(shape, (site.spike_dtype, dtype), input_.device, learns)
+    ref = into.input_ref(input_)
     if kind is Tensor:
         into.watch(input_)
-    learns = torch.is_grad_enabled() and (site.learns or _learns(input_) or _learns(before))
-    spikes, after = into.add(
-        site, (into.input_ref(input_),), start, shape, (site.spike_dtype, dtype), input_.device, learns
-    )
-    buffers["mem"] = after
-    into.last_states[module] = (after, functools.partial(_put_back, module, state))
-    if own["output"] or not own["init_hidden"]:
-        return spikes, after
-    return spikes
+    elif type(ref) is tuple and type(start) is tuple:
+        site.input_spec, site.state_specs = input_.spec, (before.spec,)
+        into.hold(state, site)
+    into.put_back[module] = functools.partial(_put_back, module, state)
+    return site.add((ref,), (start,))
 
 
-def _unchanged(own: Any, buffers: Any, parameters: Any, plan: Any) -> bool:
-    """Whether a module is as its plan knows it; a False costs a new plan, no more."""
-    parts, versions = plan.parts, plan.versions
-    beta, threshold, graded, reset = parts.beta, parts.threshold, parts.graded, parts.reset_number
-    function = own["state_function"]
+def _same_objects(own: Any, buffers: Any, parameters: Any, modules: Any, parts: Any) -> bool:
+    """Whether a module is made of the parts a plan knows. What is written into them is seen by their versions, when
+    the recorded calls run."""
+    beta, threshold, graded, function = parts.beta, parts.threshold, parts.graded, own["state_function"]
     return (
         (buffers.get("beta") is beta or parameters.get("beta") is beta)
         and (buffers.get("threshold") is threshold or parameters.get("threshold") is threshold)
-        and (
-            buffers.get("graded_spikes_factor") is graded or parameters.get("graded_spikes_factor") is graded
-        )
-        and buffers.get("reset_mechanism_val") is reset
-        and own.get("spike_grad") is parts.spike_grad
+        and (buffers.get("graded_spikes_factor") is graded or parameters.get("graded_spikes_factor") is graded)
+        and buffers.get("reset_mechanism_val") is parts.reset_number
+        and (own.get("spike_grad") or modules.get("spike_grad")) is parts.spike_grad
         and getattr(function, "__func__", function) is parts.state_function
         and own["reset_delay"] is parts.reset_delay
         and own["state_quant"] is parts.state_quant
         and own["inhibition"] is parts.inhibition
-        and versions
-        == (
-            beta._version, threshold._version, graded._version, reset._version,
-            beta.requires_grad, threshold.requires_grad, graded.requires_grad,
-        )
-    )  # fmt: skip
+    )
 
 
 def _learns(x: Any) -> bool:
     return x.learns if isinstance(x, TensorLike) else x.requires_grad
 
 
-def _put_back(module: Any, state: LayerState, mem: Tensor) -> None:
-    module._buffers["mem"] = mem
-    state.last_mem = weakref.ref(mem)
+def _put_back(module: Any, state: LayerState) -> None:
+    """Give a module its membrane as a tensor, zeros if it was never computed; a tensor it has been given stays."""
+    mem = module._buffers.get("mem")
+    if type(mem) is Placeholder:
+        values = mem.to_dense() if mem.has_value else torch.zeros(0, device=mem.device)
+        module._buffers["mem"] = values
+        state.last_mem = weakref.ref(values)
 
 
-def _site(state: LayerState, plan: Any) -> Any:
+def _site(into: Recording, state: LayerState, plan: Any) -> Any:
     parts = plan.parts
     site: Any = NeuronSite(
+        into,
         functools.partial(_step, state, plan),
         functools.partial(_sequence, state, plan),
         [parts.beta, parts.threshold, parts.graded],
@@ -136,18 +165,20 @@ def _step(state: LayerState, plan: Any, current: Any, start: Any) -> tuple[Any, 
     return spikes, mem
 
 
-def _sequence(state: LayerState, plan: Any, current: Any, start: Any, keep_mem: bool) -> tuple[Any, Tensor, Any]:
-    """All calls of a run: current [T, ...]."""
+def _sequence(
+    state: LayerState, plan: Any, current: Any, starts: list[Any], keep: list[bool]
+) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """All calls of a run: current [T, ...]. Sequences of spikes and membranes, and the last membrane."""
     steps, flat, shape = current.shape[0], plan.flat, plan.shape
     reshaped = shape != flat
     if reshaped or type(current) is not DeferredCurrent or not current.is_deferred:
         current = (current.to_dense() if isinstance(current, TensorLike) else current).reshape(steps, *flat)
-    spikes, mem_last, mem_seq = _run(state, plan, current, steps, start, keep_mem)
+    spikes, mem_last, mem_seq = _run(state, plan, current, steps, starts[0], keep[0])
     if reshaped:
         spikes = spikes.to_dense() if isinstance(spikes, TensorLike) else spikes
         spikes = spikes.reshape(steps, *shape)
         mem_seq = None if mem_seq is None else mem_seq.view(steps, *shape)
-    return spikes, mem_last, mem_seq
+    return (spikes, mem_seq), (None, mem_last)
 
 
 def _run(state: LayerState, plan: Any, current: Any, steps: int, start: Any, keep_mem: bool) -> tuple[Any, Tensor, Any]:
@@ -161,29 +192,9 @@ def _run(state: LayerState, plan: Any, current: Any, steps: int, start: Any, kee
         keep_mem=keep_mem,
         max_active=policy.MAX_ACTIVE,
     )
-    _count(state, plan, result, steps)
+    entries = steps * plan.flat[0] * plan.flat[1]
+    count(state, result, steps, entries, plan.b_th, plan.why_dense, plan.dtype.itemsize, in_time=steps > 1)
     mem_last = result.mem_last
     if mem_last.shape != plan.shape:  # not a view: users detach_() membranes as they do any tensor
         mem_last = torch.ops.aten._unsafe_view(mem_last, plan.shape)
     return result.spikes, mem_last, result.mem_seq
-
-
-def _count(state: LayerState, plan: Any, result: Any, steps: int) -> None:
-    tally = state.tally
-    entries = steps * plan.flat[0] * plan.flat[1]
-    tally.entries += entries
-    if result.kept:
-        tally.kept += result.kept
-        tally.dense_kept += 2 * entries * plan.dtype.itemsize
-    if result.x is None:
-        state.path, state.reason = "sparse sequence" if steps > 1 else "sparse step", None
-        tally.sparse_steps += steps
-        tally.active += result.n_active
-        tally.spikes += result.n_spikes
-    else:
-        state.path = "dense sequence" if steps > 1 else "dense step"
-        state.reason = plan.why_dense or ("b_th is infinite" if math.isinf(plan.b_th) else policy.WHY_ACTIVE)
-        tally.dense_steps += steps
-        tally.active += int((result.x.abs() < plan.b_th).count_nonzero())
-        tally.spikes += int((result.x > 0).count_nonzero())
-    tally.counted += entries

@@ -1,8 +1,9 @@
-"""What adapters share: `nn.Linear` fed with events hands back a deferred current."""
+"""What adapters share: `nn.Linear` fed with events hands back a deferred current; counting what layers do."""
 
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparse_backend import policy
-from sparse_backend.deferred import WeightCache, defer, unusual
-from sparse_backend.enabling import STATE
+from sparse_backend.deferred import DeferredCurrent, WeightCache, WeightHub, defer, unusual
+from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.events import EventTensor
-from sparse_backend.tensorlike import TensorLike
+from sparse_backend.tensorlike import TensorLike, implements
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.recorder import Placeholder, Recording
 from sparse_backend.timefusion.sites import LinearSite
@@ -26,6 +27,78 @@ _SKIP_FIRST, _SKIP_MOST = 16, 1024
 def under_saved_tensor_hooks() -> bool:
     """Whether a checkpoint may run this forward again: then nothing may depend on what was called before."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def own_forward(module: Any) -> Any:
+    """The framework's own forward of a module's class, as a plain function."""
+    function = type(module).forward
+    return getattr(function, "__wrapped__", function)
+
+
+class NoState:
+    """The state of an enabled module that remembers nothing between calls."""
+
+    __slots__ = ()
+    tally = None
+
+    def fresh(self, tally: Any = None) -> NoState:
+        return self
+
+
+def count(
+    layer: LayerState,
+    result: Any,
+    steps: int,
+    entries: int,
+    b_th: float,
+    why_dense: str | None,
+    itemsize: int,
+    *,
+    in_time: bool = False,
+    asked_dense: bool = False,
+) -> None:
+    """Count one call of a spiking layer: `entries` of all `steps`. asked_dense: nobody looked whether it had to be."""
+    tally, form = layer.tally, "sequence" if in_time else "step"
+    tally.entries += entries
+    if result.kept:
+        tally.kept += result.kept
+        tally.dense_kept += 2 * entries * itemsize
+    if result.x is None:
+        layer.path, layer.reason = f"sparse {form}", None
+        layer.dense_next = layer.DENSE_STEPS_FIRST
+        tally.sparse_steps += steps
+        tally.active += result.n_active
+        tally.spikes += result.n_spikes
+        tally.counted += entries
+        return
+    layer.path, layer.reason = f"dense {form}", why_dense
+    if layer.reason is None:
+        layer.reason = "b_th is infinite" if math.isinf(b_th) else policy.WHY_ACTIVE
+    if not (in_time or asked_dense or math.isinf(b_th)):
+        layer.went_dense()
+    if in_time or tally.dense_steps % layer.COUNT_DENSE_EVERY == 0:
+        active = result.n_active
+        tally.active += int((result.x.abs() < b_th).count_nonzero()) if active is None else active
+        tally.spikes += int((result.x > 0).count_nonzero())
+        tally.counted += entries
+    tally.dense_steps += steps
+
+
+def goes_dense(layer: LayerState) -> bool:
+    """Whether a step is to be run densely because the ones before it were too active."""
+    if not layer.dense_for or under_saved_tensor_hooks():
+        return False
+    layer.dense_for -= 1
+    return True
+
+
+def of_all_steps(current: DeferredCurrent) -> DeferredCurrent:
+    """The same current for an op that runs all steps at once: its weight takes part in autograd itself, without the
+    token that gathers over calls. Unchanged where the weight is not what it was any more."""
+    cache = current.hub.cache
+    if cache is None or cache.weight is None or cache.hub(cache.weight, cache.bias) is not current.hub:
+        return current
+    return DeferredCurrent(current.events, WeightHub(cache.weight, cache.bias, None, 0))
 
 
 class LinearState:
@@ -93,13 +166,23 @@ def linear_forward(module: Any, input: Any) -> Any:
     state: LinearState = module.__dict__[STATE]
     into = recorder.current()
     if into is not None:
+        site = state.site
+        if site is not None and weight is site.weight and bias is site.bias and site.still_learns():
+            # The next call of the last one's layer, with the next step of its input?
+            if type(input) is Placeholder:
+                if input.spec is site.input_spec:
+                    ref = input.ref
+                    ref[0].used |= 1 << ref[1]
+                    return site.add((ref,))[0]
+            elif type(input) is Tensor and input._base is site.sliced and input.shape == site.slice_shape:
+                return site.add((input,))[0]
         recorded = _record(into, module, state, weight, bias, input)
         if recorded is not None:
             return recorded
-    return _linear(state, weight, bias, input)
+    return linear(state, weight, bias, input)
 
 
-def _linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) -> Any:
+def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) -> Any:
     """The call now: deferred if it can be, computed if not."""
     kind = type(input)
     if unusual() is None:
@@ -133,33 +216,48 @@ def _record(
     Anything else is the caller's own, to be overwritten the next moment: it is read now.
     """
     kind = type(input)
-    if kind is Tensor:
-        if input._base is None or input.requires_grad or input.layout is not torch.strided:
+    if kind is not Placeholder:
+        if kind is Tensor:
+            if input._base is None or input.requires_grad or input.layout is not torch.strided:
+                return None
+            if input.is_inference() or not input.untyped_storage().resizable():  # written without a trace: numpy's
+                return None
+        elif not (kind is EventTensor and input.is_events):
             return None
-        into.watch(input)
-    elif kind is not Placeholder and not (kind is EventTensor and input.is_events):
-        return None
     shape = input.shape
     if len(shape) != 2 or shape[1] != weight.shape[1] or input.dtype is not weight.dtype or not shape.numel():
         return None
     if weight.dtype not in _FLOATS or input.device != weight.device or unusual() is not None:
         return None
     site: Any = state.site
-    mode = into.mode()
     if (
         site is None
-        or site.into() is not into
+        or site.recording is not into
         or site.weight is not weight
         or site.bias is not bias
-        or site.mode is not mode
-        or site.reads[0][1] != weight._version
-        or (bias is not None and site.reads[1][1] != bias._version)
+        or site.mode is not into.mode()
+        or not site.is_current()
     ):
-        site = state.site = LinearSite(functools.partial(_linear, state, weight, bias), weight, bias)
-        site.into = weakref.ref(into)
+        site = LinearSite(into, functools.partial(linear, state, weight, bias), weight, bias)
+        into.sites[site] = site
+        into.hold(state, site)
     learns = torch.is_grad_enabled() and (
         weight.requires_grad or (bias is not None and bias.requires_grad) or (kind is not Tensor and input.learns)
     )
-    size = torch.Size((shape[0], weight.shape[0]))
-    (current,) = into.add(site, (into.input_ref(input),), None, size, (weight.dtype,), weight.device, learns)
-    return current
+    site.outputs(torch.Size((shape[0], weight.shape[0])), (weight.dtype,), weight.device, learns)
+    ref = into.input_ref(input)
+    if kind is Tensor:
+        into.watch(input)  # and with it, since they share their version, all slices of what it was cut from
+        site.sliced, site.slice_shape = input._base, shape
+    elif kind is Placeholder and not input._dense_only:
+        site.input_spec = input.spec
+    return site.add((ref,))[0]
+
+
+@implements(torch.flatten, torch.Tensor.flatten)
+def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    """`nn.Flatten` where there is nothing to flatten: the same object, as torch has it."""
+    size = x.dim()
+    if type(x) is EventTensor and -size <= start_dim < size and start_dim % size == end_dim % size:
+        return x
+    return NotImplemented

@@ -16,7 +16,7 @@ from sparse_backend import _native
 from sparse_backend.events import EventTensor
 from sparse_backend.ops import hub as hubs
 from sparse_backend.ops.event_linear import call_event_linear
-from sparse_backend.tensorlike import TensorLike, implements
+from sparse_backend.tensorlike import TensorLike, implements, inside_custom_function
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -133,14 +133,14 @@ def _transposed(weight: Tensor) -> Tensor:
 class DeferredCurrent(TensorLike):
     """events [..., M], weight [N, M], bias [N] -> current [..., N], when somebody asks."""
 
-    __slots__ = ("_dense", "_looked", "dtype", "events", "hub", "shape")
+    __slots__ = ("_dense", "_learns", "_looked", "dtype", "events", "hub", "shape")
 
     def __init__(self, events: EventTensor, hub: WeightHub) -> None:
         self.events, self.hub = events, hub
         self.shape = torch.Size((*events.shape[:-1], hub.weight.shape[0]))
         self.dtype = hub.weight.dtype
         self._dense: Tensor | None = None
-        self._looked = self._dense_only = self._embodied = False
+        self._looked, self._learns = False, torch.is_grad_enabled()
 
     def adopt(self, cache: WeightCache) -> None:
         """Let the neuron that takes this current keep the weight's hub, where the Linear keeps none."""
@@ -161,7 +161,7 @@ class DeferredCurrent(TensorLike):
     def learns(self) -> bool:  # type: ignore[override]
         hub = self.hub
         learns = hub.token is not None or hub.weight.requires_grad
-        return learns or (hub.bias is not None and hub.bias.requires_grad) or self.events.learns
+        return self._learns and (learns or (hub.bias is not None and hub.bias.requires_grad) or self.events.learns)
 
     @property
     def is_deferred(self) -> bool:
@@ -179,10 +179,11 @@ class DeferredCurrent(TensorLike):
             events = self.events
             hub = self.hub = self.hub.verified()
             _native.load()
-            flat = call_event_linear(
-                events.row_ptr, events.indices, events.values, events.handle, events.active_ptr,
-                events.active_indices, hub.weight, hub.bias, hub.token, hub.id,
-            )  # fmt: skip
+            with torch.set_grad_enabled(self._learns):
+                flat = call_event_linear(
+                    events.row_ptr, events.indices, events.values, events.handle, events.active_ptr,
+                    events.active_indices, hub.weight, hub.bias, hub.token, hub.id,
+                )  # fmt: skip
             # Not a view: users detach_() currents as they do any tensor.
             self._dense = flat if flat.shape == self.shape else torch.ops.aten._unsafe_view(flat, self.shape)
         return self._dense
@@ -210,18 +211,22 @@ def defer(
         return None
     if bias is not None and (bias.dtype != weight.dtype or bias.shape != (neurons,)):
         return None
+    if not torch.is_grad_enabled():  # though whoever takes the current may run under another mode
+        events = events.without_handle() if events.learns else events
+        if cache is None:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
     hub = WeightHub(weight, bias, None, 0) if cache is None else cache.hub(weight, bias)
     return None if hub is None else DeferredCurrent(events, hub)
 
 
 @implements(torch.nn.functional.linear)
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     """`linear` of spikes of ours, wherever it is called from."""
-    if type(x) is not EventTensor or not x.is_events or torch.compiler.is_compiling() or unusual() is not None:
+    if type(input) is not EventTensor or not input.is_events or torch.compiler.is_compiling() or unusual() is not None:
         return NotImplemented
     if not isinstance(weight, Tensor) or isinstance(weight, TensorLike) or isinstance(bias, TensorLike):
         return NotImplemented
-    current = defer(x, weight, bias)
+    current = defer(input, weight, bias)
     return NotImplemented if current is None else current
 
 
@@ -235,4 +240,6 @@ def unusual() -> str | None:
         return "torch.jit is tracing"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode AD is on"
+    if inside_custom_function():
+        return "a custom autograd function is running"
     return None

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import math
 import sys
 import threading
 import warnings
@@ -23,7 +25,7 @@ from sparse_backend import _native, policy, surrogate
 from sparse_backend.timefusion.forward import FusionState, fused_forward
 
 #: root package of a framework's classes -> its adapter
-_ADAPTERS = {"snntorch": "for_snntorch"}
+_ADAPTERS = {"snntorch": "for_snntorch", "norse": "for_norse"}
 
 STATE = "_sparse_backend"
 _OVERRIDES = ("forward", "_replicate_for_data_parallel", STATE)
@@ -63,6 +65,7 @@ class LayerState:
         self.reason: str | None = None
         self.plan: Any = None
         self.weights: Any = None  #: WeightCache of a linear layer that has none itself
+        self.site: Any = None  #: of the layer's last call in the forward that records now
         self.last_mem: Any = None  #: weak reference to the membrane handed out last
         self.dense_for = 0  #: steps still to be run densely because activity was high
         self.dense_next = self.DENSE_STEPS_FIRST
@@ -143,27 +146,31 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
         raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
     found = list(neurons(net))
     layers = [(name, module, adapter) for name, module, adapter in found if adapter.why_not(module) is None]
-    chosen = _b_th_per_layer(b_th, [name for name, _, _ in layers])
+    chosen = _b_th_per_layer(b_th, [name for name, module, adapter in layers if adapter.has_spikes(module)])
     if not layers:
         warnings.warn(f"sparse_backend.enable changes nothing: {_why_nothing(found)}", UserWarning, stacklevel=2)
         return net
     _native.load()
     changed = []
     for name, module, adapter in layers:
-        state = module.__dict__.get(STATE)
+        state, value = module.__dict__.get(STATE), chosen.get(name, math.inf)  # a readout has no surrogate
         if state is None:
-            state = LayerState(name, chosen[name])
+            state = LayerState(name, value)
             _override(module, adapter.forward, state)
-        elif state.b_th != chosen[name]:
-            state.b_th, state.plan = chosen[name], None
+        elif state.b_th != value:
+            state.b_th, state.plan = value, None
         else:
             continue
         adapter.prepare_to_trace(module, state)
         changed.append((name, module, adapter))
     shared = importlib.import_module("sparse_backend.adapters.shared")
     for module in net.modules():
-        if type(module) is nn.Linear and STATE not in module.__dict__:
-            _override(module, shared.linear_forward, shared.LinearState())
+        if STATE not in module.__dict__:
+            if type(module) is nn.Linear:
+                _override(module, shared.linear_forward, shared.LinearState())
+            elif (adapter := _adapter_of(module)) is not None and type(module) in adapter.CONTAINERS:
+                container_forward, container_state = adapter.CONTAINERS[type(module)]
+                _override(module, container_forward, container_state())
     fusion = net.__dict__.get(STATE)
     if fuse_time and fusion is None and "forward" not in net.__dict__:
         _override(net, _fused, FusionState())
@@ -195,9 +202,18 @@ def is_enabled(net: nn.Module) -> bool:
     return any(STATE in module.__dict__ for module in net.modules())
 
 
+class _Forward(functools.partial):  # type: ignore[type-arg]
+    """A forward bound to its module. Who asks for its arguments is told those of the class's own."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        module = self.args[0]
+        return inspect.signature(type(module).forward.__get__(module))
+
+
 def _override(module: nn.Module, forward: Any, state: Any) -> None:
     module.__dict__[STATE] = state
-    module.__dict__["forward"] = functools.partial(forward, module)
+    module.__dict__["forward"] = _Forward(forward, module)
     module.__dict__["_replicate_for_data_parallel"] = functools.partial(_replicate, module)
 
 
@@ -235,8 +251,9 @@ def _warn_of_broad_surrogates(layers: list[tuple[str, nn.Module, Any]]) -> None:
     broad: dict[float, list[str]] = {}
     for name, module, adapter in layers:
         if module.__dict__[STATE].b_th == "auto":
-            width = surrogate.inspect(adapter.spike_grad(module)).auto_b_th
-            if policy.is_broad(width, adapter.lowest_threshold(module)):
+            known = surrogate.inspect(adapter.spike_grad(module))
+            width = known.auto_b_th
+            if known.problem is None and policy.is_broad(width, adapter.lowest_threshold(module)):
                 broad.setdefault(width, []).append(name)
     for width, names in broad.items():
         what = f"layers {', '.join(names)} stay" if len(names) > 1 else f"layer {names[0] or '(the model)'} stays"
@@ -279,23 +296,27 @@ class _Patched:
 
     def state(self, module: nn.Module) -> LayerState:
         state = self.states.get(module)
+        b_th = self.b_th if self.adapter.has_spikes(module) else math.inf
         if state is None:
-            state = self.states[module] = LayerState("", self.b_th)
-        elif state.b_th != self.b_th:
-            state.b_th, state.plan = self.b_th, None
+            state = self.states[module] = LayerState("", b_th)
+        elif state.b_th != b_th:
+            state.b_th, state.plan = b_th, None
         return state
 
     def install(self) -> None:
         for cls, forward in self.adapter.PATCHED.items():
-            self.originals[cls] = cls.__dict__["forward"]
+            self.originals[cls] = cls.__dict__.get("forward")  # None where it is inherited
             cls.forward = self._dispatcher(cls, forward)
 
     def restore(self) -> None:
         for cls, original in self.originals.items():
-            cls.forward = original  # type: ignore[attr-defined]
+            if original is None:
+                del cls.forward  # type: ignore[attr-defined]
+            else:
+                cls.forward = original  # type: ignore[attr-defined]
 
     def _dispatcher(self, cls: type, run: Any) -> Any:
-        original = self.originals[cls]
+        original = cls.forward  # type: ignore[attr-defined]
 
         @functools.wraps(original)
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:

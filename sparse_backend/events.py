@@ -80,7 +80,6 @@ class EventTensor(TensorLike):
         self._dense: Tensor | None = None
         self._steps: list[EventTensor] | None = None
         self._origin: Any = None  # weak reference to the tensor this is a step of
-        self._dense_only = self._embodied = False
         if check:
             self._check()
             self.row_ptr, self.indices = row_ptr.contiguous(), indices.contiguous()
@@ -315,31 +314,26 @@ class EventTensor(TensorLike):
         return not self._dense_only
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
-        """The dense tensor [..., N]; made once, differentiable where the handle is."""
+        """The dense tensor [..., N]; made once, differentiable where the handle is, whoever asks first."""
         if self._dense is None:
-            if self.handle is not None and self.active_ptr is None:
-                self._dense = self.handle
-            else:
-                _native.load()
-                like = self.handle if self.handle is not None else self.row_ptr.new_empty(0, dtype=self.dtype)
-                values = self.values
-                if like.dtype not in _OF_KERNELS:
-                    like, values = like.float(), None if values is None else values.float()
-                flat = call_events_to_dense(
-                    like,
-                    self.row_ptr,
-                    self.indices,
-                    values,
-                    self.active_ptr,
-                    self.active_indices,
-                    self.shape[-1],
-                )
-                flat = flat.to(self.dtype)
-                # Not a view: users detach_() spikes as they do any tensor.
-                self._dense = flat if flat.shape == self.shape else torch.ops.aten._unsafe_view(flat, self.shape)
+            with torch.set_grad_enabled(self.learns or torch.is_grad_enabled()):
+                self._dense = self._make_dense()
             if not self._dense.is_inference():
                 self._dense_version = self._dense._version
         return self._dense
+
+    def _make_dense(self) -> Tensor:
+        if self.handle is not None and self.active_ptr is None:
+            return self.handle
+        _native.load()
+        like = self.handle if self.handle is not None else self.row_ptr.new_empty(0, dtype=self.dtype)
+        values = self.values
+        if like.dtype not in _OF_KERNELS:
+            like, values = like.float(), None if values is None else values.float()
+        parts = (self.row_ptr, self.indices, values, self.active_ptr, self.active_indices)
+        flat = call_events_to_dense(like, *parts, self.shape[-1]).to(self.dtype)
+        # Not a view: users detach_() spikes as they do any tensor.
+        return flat if flat.shape == self.shape else torch.ops.aten._unsafe_view(flat, self.shape)
 
     def step(self, t: int) -> EventTensor:
         """`x[t]`: the events of one index of the first dimension, a view. Raises IndexError outside it."""
@@ -475,6 +469,10 @@ class EventTensor(TensorLike):
         if not self.is_events or (self.learns and not torch.is_grad_enabled()):
             # Inside a custom function's forward, autograd records what C++ sees of the result: a real tensor.
             return self.to_dense().detach()  # type: ignore[return-value]
+        return self.without_handle()
+
+    def without_handle(self) -> EventTensor:
+        """The same events, which nothing learns from."""
         return EventTensor(self.shape, self.row_ptr, self.indices, self.values, dtype=self.dtype, check=False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -505,6 +503,7 @@ def _rebuild(
 
 
 copyreg.pickle(EventTensor, lambda events: events.__reduce_ex__(2))
+torch.serialization.add_safe_globals([_rebuild])
 
 
 def collate(batch: Sequence[Any]) -> Any:
@@ -524,17 +523,18 @@ def collate(batch: Sequence[Any]) -> Any:
 
 
 @implements(torch.sum, torch.Tensor.sum)
-def _sum(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+def _sum(input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None, dtype: Any = None, **more: Any):
     """The sum over the first dimension, the steps: straight from the events."""
-    if type(x) is not EventTensor or not x.is_events or (x.active_ptr is None and x.handle is not None):
+    if type(input) is not EventTensor or not input.is_events or (input.active_ptr is None and input.handle is not None):
         return NotImplemented
-    if dim not in (0, (0,), [0]) or keepdim or dtype is not None or len(x.shape) < 2 or not x.numel():
+    dim = axis if dim is None else dim
+    if dim not in (0, (0,), [0]) or keepdim or dtype is not None or more or len(input.shape) < 2 or not input.numel():
         return NotImplemented
     _native.load()
-    like = x.handle if x.handle is not None else x.row_ptr.new_empty(0, dtype=x.dtype)
-    parts = (x.row_ptr, x.indices, x.values, x.active_ptr, x.active_indices)
-    flat = call_events_sum(like, *parts, x.shape[-1], x.shape[0])
-    return flat.view(x.shape[1:])
+    like = input.handle if input.handle is not None else input.row_ptr.new_empty(0, dtype=input.dtype)
+    parts = (input.row_ptr, input.indices, input.values, input.active_ptr, input.active_indices)
+    flat = call_events_sum(like, *parts, input.shape[-1], input.shape[0])
+    return flat.view(input.shape[1:])
 
 
 @implements(torch.Tensor.to_dense)

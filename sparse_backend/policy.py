@@ -22,6 +22,9 @@ MAX_ACTIVE = 0.25
 #: input events above this fraction of all go through a GEMM instead of row operations
 MAX_INPUT = 0.25
 
+#: bytes of input and output that convolutions and pooling are given at once: more steps than that leave the cache
+CHUNK_BYTES = 16 << 20
+
 WEIGHT_RULES = {
     "by counts": linear_leaky.BY_COUNTS,
     "over spikes": linear_leaky.OVER_SPIKES,

@@ -8,6 +8,8 @@ than a plain object (a wrapper subclass costs ten), and a plain object that clai
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +31,7 @@ _IN_PLACE = {
 }  # fmt: skip
 
 _make_subclass = Tensor._make_subclass
-_NOTHING = torch.empty(0)
+NOTHING = torch.empty(0)  #: what C++ code that asks nobody sees of a stand-in
 
 
 def implements(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -56,19 +58,19 @@ class TensorLike(Tensor):
     """Base of `EventTensor` and `DeferredCurrent`. Subclasses give `shape`, `dtype`, `device`, `learns` and
     `to_dense()`, which must return the same tensor every time."""
 
-    __slots__ = ("_dense_only", "_embodied")
+    __slots__ = ()
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
     learns: bool  #: whether gradients flow to where it comes from
-    _dense_only: bool
-    _embodied: bool
+    _dense_only = False  #: the sparse form is not used any more
+    _embodied = False  #: the dense form is what C++ code sees
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # Requiring grad, so that C++ code which records a gradient for it fails in the backward (sizes differ)
         # instead of losing it.
-        return _make_subclass(cls, _NOTHING, True)
+        return _make_subclass(cls, NOTHING, True)
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         raise NotImplementedError
@@ -174,3 +176,30 @@ class TensorLike(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls from C++ that `__torch_function__` never saw, below autograd."""
         return func(*dense(args), **dense(kwargs or {}))
+
+
+# A custom autograd function takes its arguments in C++, and asks nobody.
+
+_here = threading.local()
+_own_apply = torch.autograd.Function.__dict__["apply"].__func__
+
+
+def inside_custom_function() -> bool:
+    """Whether a custom autograd function's forward is running: what it returns is taken in C++ too."""
+    return getattr(_here, "depth", 0) > 0
+
+
+@functools.wraps(_own_apply)
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """`torch.autograd.Function.apply`, given dense tensors in the place of stand-ins."""
+    if torch.compiler.is_compiling():
+        return _own_apply(cls, *args, **kwargs)
+    before = getattr(_here, "depth", 0)
+    _here.depth = before + 1
+    try:
+        return _own_apply(cls, *[arg.to_dense() if isinstance(arg, TensorLike) else arg for arg in args], **kwargs)
+    finally:
+        _here.depth = before
+
+
+torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment,arg-type]

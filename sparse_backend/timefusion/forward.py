@@ -61,6 +61,7 @@ def fused_forward(module: Any, state: FusionState, *args: Any, **kwargs: Any) ->
         raise
     into.finish()
     state.saw(into)
+    _settle(module)
     return values(out)
 
 
@@ -69,6 +70,26 @@ def values(out: Any) -> Any:
     if type(out) is Placeholder:
         return out.value()
     return tree_map(lambda leaf: leaf.value() if type(leaf) is Placeholder else leaf, out)
+
+
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
+
+def _settle(net: nn.Module) -> None:
+    """Give values to the placeholders that a forward has left in attributes and buffers."""
+    for module in net.modules():
+        for name, buffer in module._buffers.items():
+            if type(buffer) is Placeholder:
+                module._buffers[name] = buffer.to_dense()
+        own = module.__dict__
+        for name, kept in own.items():
+            if type(kept) is Placeholder:
+                own[name] = kept.value()
+            elif type(kept) in (list, tuple, dict) and name not in _OF_EVERY_MODULE and kept:
+                if type(kept) is list:
+                    kept[:] = values(kept)
+                else:
+                    own[name] = values(kept)
 
 
 @contextmanager
@@ -96,3 +117,4 @@ def fuse_time(net: nn.Module) -> Iterator[None]:
         into.abandon()
         raise
     into.finish()
+    _settle(net)

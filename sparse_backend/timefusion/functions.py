@@ -1,103 +1,194 @@
-"""Torch functions on placeholders: recorded where their shape is known, computed on values otherwise."""
+"""Torch functions on placeholders: recorded where their shape is known, computed on values otherwise.
+
+A function is recorded if it is pure: it reads its arguments and makes one new tensor. The tables below say how T calls
+of one become one call; what is in none of them runs on values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
+from sparse_backend import policy
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike
 from sparse_backend.timefusion import recorder
-from sparse_backend.timefusion.recorder import Placeholder, Recording, paused
-from sparse_backend.timefusion.sites import FunctionSite, SumSite
+from sparse_backend.timefusion.recorder import Placeholder, Recording, paused, take
+from sparse_backend.timefusion.sites import FunctionSite, SumSite, collect
 
-#: functions of one step's values whose result has a shape that meta tensors tell, and which neither write nor draw
-_PURE = {
-    torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view, torch.unsqueeze, Tensor.unsqueeze,
-    torch.squeeze, Tensor.squeeze, torch.relu, F.relu, torch.sigmoid, torch.tanh,
-    torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__,
-    torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.div, Tensor.div, Tensor.__truediv__, Tensor.__neg__,
-    F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, F.linear,
-    F.max_pool1d, F.max_pool2d, F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool2d,
-    torch.max_pool1d, torch.max_pool2d, torch.avg_pool1d,
+#: entry by entry: one call on [T, ...]
+_ELEMENTWISE = {
+    torch.relu, F.relu, Tensor.relu, torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.tanh, Tensor.tanh, F.tanh,
+    F.leaky_relu, F.elu, F.gelu, F.silu, F.selu, F.softplus, F.hardtanh, F.relu6, F.hardsigmoid, F.hardswish,
+    torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply,
+    torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__, torch.subtract, Tensor.subtract,
+    torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__,
+    torch.div, Tensor.div, Tensor.__truediv__, Tensor.__rtruediv__, torch.neg, Tensor.neg, Tensor.__neg__,
+    torch.exp, Tensor.exp, torch.log, Tensor.log, torch.sqrt, Tensor.sqrt, torch.square, Tensor.square,
+    torch.abs, Tensor.abs, Tensor.__abs__, torch.pow, Tensor.pow, Tensor.__pow__,
+    torch.clamp, Tensor.clamp, torch.clip, Tensor.clip, torch.where, torch.maximum, torch.minimum,
+    torch.gt, Tensor.gt, Tensor.__gt__, torch.lt, Tensor.lt, Tensor.__lt__,
+    torch.ge, Tensor.ge, Tensor.__ge__, torch.le, Tensor.le, Tensor.__le__, Tensor.float, Tensor.double,
 }  # fmt: skip
 
+#: the same numbers in another shape
+_RESHAPES = {
+    torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view, Tensor.view_as, Tensor.reshape_as,
+    torch.unsqueeze, Tensor.unsqueeze, torch.squeeze, Tensor.squeeze, torch.unflatten, Tensor.unflatten,
+}  # fmt: skip
+
+#: sample by sample, of inputs with this many dimensions (0: any from two on): one call on [T * B, ...]
+_SAMPLEWISE = {
+    F.linear: 0, F.conv1d: 3, F.conv2d: 4, F.conv3d: 5, torch.conv1d: 3, torch.conv2d: 4, torch.conv3d: 5,
+    F.max_pool1d: 3, F.max_pool2d: 4, F.max_pool3d: 5, torch.max_pool1d: 3, torch.max_pool2d: 4, torch.max_pool3d: 5,
+    F.avg_pool1d: 3, F.avg_pool2d: 4, F.avg_pool3d: 5, torch.avg_pool1d: 3,
+    F.adaptive_avg_pool1d: 3, F.adaptive_avg_pool2d: 4, F.adaptive_max_pool1d: 3, F.adaptive_max_pool2d: 4,
+    F.layer_norm: 0, F.group_norm: 0, torch.layer_norm: 0, torch.group_norm: 0,
+}  # fmt: skip
+
+#: those of them whose cost is memory: no more steps at once than stay in cache
+_IN_CHUNKS = {function for function, dims in _SAMPLEWISE.items() if dims}
+
+#: anything else that is pure, step by step
+_STEPWISE = {
+    torch.cat, torch.concat, torch.softmax, Tensor.softmax, F.softmax, F.log_softmax, torch.log_softmax,
+    Tensor.log_softmax, torch.sum, Tensor.sum, torch.mean, Tensor.mean, torch.amax, Tensor.amax, torch.amin,
+    Tensor.amin, torch.argmax, Tensor.argmax, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm,
+    torch.bmm, Tensor.bmm, torch.einsum, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute, Tensor.t,
+    Tensor.detach, Tensor.clone, torch.clone, Tensor.contiguous, Tensor.__getitem__, F.pad, F.interpolate,
+    F.normalize, torch.zeros_like, torch.ones_like, torch.detach,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+}  # fmt: skip
+
+#: those that refuse tensors of different dtypes, which meta tensors do not
+_ONE_DTYPE = {*_SAMPLEWISE, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
+
+_PURE = {*_ELEMENTWISE, *_RESHAPES, *_SAMPLEWISE, *_STEPWISE}
 _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
-_shapes: dict[Any, tuple[torch.Size, torch.dtype]] = {}
+#: writes to their first argument: the pure function whose result it then holds
+_IN_PLACE = {
+    Tensor.__iadd__: Tensor.add, Tensor.add_: Tensor.add, Tensor.__isub__: Tensor.sub, Tensor.sub_: Tensor.sub,
+    Tensor.__imul__: Tensor.mul, Tensor.mul_: Tensor.mul, Tensor.__itruediv__: Tensor.div, Tensor.div_: Tensor.div,
+    Tensor.clamp_: Tensor.clamp, Tensor.relu_: Tensor.relu, torch.relu_: torch.relu,
+}  # fmt: skip
+_WITH_INPLACE_FLAG = {F.relu, F.leaky_relu, F.elu, F.silu, F.selu, F.hardtanh, F.relu6, F.hardsigmoid, F.hardswish}
+
+_CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device, slice, type(Ellipsis))
+
+_shapes: dict[Any, tuple[torch.Size, torch.dtype] | None] = {}
+_SHAPES_MOST = 4096
 
 
 def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a torch function that met a placeholder returns."""
+    """What a torch function that met a placeholder returns; NotImplemented where it has to see values."""
     into = recorder.current()
-    if function is torch.stack:
+    if function is torch.stack and "out" not in kwargs:
         whole = _stacked(*args, **kwargs)
         if whole is not None:
             return whole
-    elif function is F.dropout and into is not None:
+    if into is None or "out" in kwargs:
+        return NotImplemented
+    if function in _PURE:
+        if function in _WITH_INPLACE_FLAG and kwargs.get("inplace"):
+            return _written(into, function, args[0], (args[0],), {k: v for k, v in kwargs.items() if k != "inplace"})
+        result = _running_sum(into, *args) if function in _ADDITIONS and len(args) == 2 and not kwargs else None
+        if result is None:
+            result = _record(into, function, args, kwargs)
+        return NotImplemented if result is None else result
+    if function in _IN_PLACE:
+        return _written(into, _IN_PLACE[function], args[0], args, kwargs)
+    if function is F.dropout:
         return _dropout(into, *args, **kwargs)
-    elif into is not None and function in _PURE and not kwargs.get("out"):
-        if function in _ADDITIONS and len(args) == 2 and not kwargs:
-            total = _running_sum(into, *args)
-            if total is not None:
-                return total
-        result = _record(into, function, args, kwargs)
-        if result is not None:
-            return result
+    if function is F.batch_norm or function is torch.batch_norm:
+        result = _batch_norm(into, *args, **kwargs)
+        return NotImplemented if result is None else result
     return NotImplemented
 
 
-def _stacked(tensors: Any, dim: int = 0) -> Any:
+def _written(into: Recording, function: Any, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Record a write to a placeholder: it stands for the result from now on. Where a recorded call has taken its
+    numbers already, maybe through a view, it is written as torch does."""
+    if type(target) is not Placeholder or target._dense_only or target.spec.recording is not into:
+        return NotImplemented
+    node, slot = target.ref
+    if (node.used | node.taken) >> slot & 1 or target._dense is not None:
+        return NotImplemented
+    result = _running_sum(into, *args) if function in _ADDITIONS and len(args) == 2 and not kwargs else None
+    if result is None:
+        result = _record(into, function, args, kwargs)
+    if result is None or result.spec.shape != target.spec.shape or result.spec.dtype is not target.spec.dtype:
+        return NotImplemented
+    target.ref, target.spec = result.ref, result.spec
+    target.ref[0].watch_outputs([target])
+    return target
+
+
+def _stacked(tensors: Any, dim: int = 0, **_: Any) -> Any:
     """All steps of one output stacked are the sequence itself."""
     if dim != 0 or not isinstance(tensors, (list, tuple)) or type(tensors[0]) is not Placeholder:
         return None
-    first = tensors[0]
-    if any(type(t) is not Placeholder or t.slot != first.slot or t._dense_only for t in tensors):
+    if any(type(t) is not Placeholder or t._dense_only for t in tensors):
         return None
-    first.value()
-    run = first.node.run
-    assert run is not None
-    if len(tensors) != run.length or any(t.node.run is not run or t.node.index != i for i, t in enumerate(tensors)):
-        return None
-    sequence = run.sequence(first.slot)
-    return sequence.to_dense() if isinstance(sequence, TensorLike) and type(sequence) is not EventTensor else sequence
+    tensors[0].value()
+    refs = [t.ref for t in tensors]
+    pieces: list[Any] = []
+    while refs:
+        node = refs[0][0]
+        if node.run is None:
+            return None
+        length = node.run.length
+        if node.index != 0 or len(refs) < length or node.run.sequence(refs[0][1]) is None:
+            return None
+        here, refs = refs[:length], refs[length:]
+        if any(ref[0].run is not node.run or ref[1] != here[0][1] or ref[0].index != i for i, ref in enumerate(here)):
+            return None
+        pieces.append(collect(here))
+    if len(pieces) == 1:
+        sequence = pieces[0]
+        keep = not isinstance(sequence, TensorLike) or type(sequence) is EventTensor
+        return sequence if keep else sequence.to_dense()
+    return torch.cat([piece.to_dense() if isinstance(piece, TensorLike) else piece for piece in pieces])
 
 
 def _running_sum(into: Recording, a: Any, b: Any) -> Placeholder | None:
     """total + x, if that continues a sum over steps, or begins one."""
-    if type(b) is Placeholder and type(b.node.site) is SumSite:
+    if type(b) is Placeholder and type(b.ref[0].site) is SumSite:
         a, b = b, a
-    if type(b) is not Placeholder or b.recording is not into or b._dense_only:
+    if type(b) is not Placeholder or b.spec.recording is not into or b._dense_only:
         return None
+    spec = b.spec
+    shape, dtype, learns = spec.shape, spec.dtype, spec.learns
     if type(a) is Placeholder:
-        if a.recording is not into or a._dense_only:
+        if a.spec.recording is not into or a._dense_only or a.spec.shape != shape:
             return None
-        continues = type(a.node.site) is SumSite
-        begins = a.node.site is b.node.site and a.slot == b.slot and a.node is not b.node
+        continues = type(a.ref[0].site) is SumSite
+        begins = a.ref[0].site is b.ref[0].site and a.ref[1] == b.ref[1] and a.ref[0] is not b.ref[0]
         if not (continues or begins):
             return None
-        site = a.node.site if continues else SumSite()
-        shape, dtype, learns = a.shape, torch.promote_types(a.dtype, b.dtype), a.learns or b.learns
+        site: Any = a.ref[0].site if continues else SumSite(into)
+        dtype, learns = torch.promote_types(a.spec.dtype, dtype), a.spec.learns or learns
+        start = take(a.ref)
     elif isinstance(a, (int, float)) and not isinstance(a, bool):
-        if isinstance(a, float) and not b.dtype.is_floating_point:
+        if isinstance(a, float) and not dtype.is_floating_point:
             return None
-        site, shape, dtype, learns = SumSite(), b.shape, b.dtype, b.learns
-    elif type(a) is Tensor and a.device == b.device:
-        site, shape, dtype = SumSite(), a.shape, torch.promote_types(a.dtype, b.dtype)
-        learns = b.learns or (a.requires_grad and torch.is_grad_enabled())
-        if a.dim() == 0:
-            return None
+        site, start = SumSite(into), a
+    elif type(a) is Tensor and a.device == spec.device and a.dim() and a.shape == shape and not a.is_inference():
+        site, start = SumSite(into), a
+        dtype, learns = torch.promote_types(a.dtype, dtype), learns or (a.requires_grad and torch.is_grad_enabled())
+        into.watch(a)
     else:
         return None
-    if type(site) is SumSite and shape == b.shape and site.mode == into.mode():
-        (total,) = into.add(site, (into.input_ref(b),), into.state_ref(a), shape, (dtype,), b.device, learns)
-        return total
-    return None
+    if site.mode != into.mode():
+        return None
+    site.outputs(shape, (dtype,), spec.device, learns)
+    into.sites[site] = site
+    (total,) = site.add((into.input_ref(b),), (start,))
+    return total
 
 
 def _dropout(into: Recording, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
@@ -110,61 +201,204 @@ def _dropout(into: Recording, input: Any, p: float = 0.5, training: bool = True,
     return result if result is not None else input.to_dense() * mask
 
 
-def _record(into: Recording, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Placeholder | None:
-    """Record a pure function of one step. Its positions hold placeholders, tensors and constants."""
-    tensors: list[Any] = []
-
-    def pick(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            tensors.append(leaf)
-            return _Hole(len(tensors) - 1)
-        return leaf
-
-    frame = tree_map(pick, (args, kwargs))
-    if any(type(t) is Placeholder and (t.recording is not into or t._dense_only) for t in tensors):
+def _batch_norm(into: Recording, *args: Any, **kwargs: Any) -> Any:
+    """Statistics of the batch are those of one step, and running ones are read and written in the order of the calls:
+    calls that share them form one queue, run step by step."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    mean, var, training = given.get("running_mean"), given.get("running_var"), given.get("training", False)
+    if type(given.get("input")) is not Placeholder or len(args) > len(names):
         return None
-    if any(type(t) is not Placeholder and isinstance(t, TensorLike) for t in tensors):
+    if not training:
+        pending = into.sites.get(("writes", id(mean), id(var)))
+        if pending is not None and pending.queue:
+            return None
+        return _record(into, F.batch_norm, args, kwargs, samplewise=0)
+    return _record(into, F.batch_norm, args, kwargs, writes=tuple(t for t in (mean, var) if t is not None))
+
+
+def _record(
+    into: Recording,
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    samplewise: int | None = None,
+    writes: tuple[Tensor, ...] = (),
+) -> Placeholder | None:
+    """Record a function of one step; None if it cannot be. Its arguments are placeholders, tensors and constants.
+
+    writes: tensors among them that it changes; calls that change the same ones run in order.
+    """
+    tensors: list[Any] = []  # that differ from call to call
+    fixed: list[Tensor] = []  # that belong to the place in the code
+    frame = _frame((args, tuple(kwargs.values())), into, tensors, fixed, writes)
+    if frame is None:
         return None
-    try:
-        key = (function, repr(frame), tuple([(t.shape, t.dtype, t.device) for t in tensors]))
-        known = _shapes.get(key)
+    names = tuple(kwargs)
+    key = (
+        function, frame, names, into.mode(), tuple([t.requires_grad for t in fixed]),
+        tuple([t.spec if type(t) is Placeholder else (t.shape, t.dtype, t.requires_grad) for t in tensors]),
+    )  # fmt: skip
+    site: Any = into.sites.get(key)
+    if writes:
+        written = ("writes", *map(id, writes))
+        other = into.sites.get(written)
+        if other is not None and other is not site and other.queue:
+            return None  # other settings on the same statistics: what is recorded runs first
+    if site is None:
+        known = _shape_of(function, frame, names, tensors, fixed)
         if known is None:
-            with paused():
-                metas = [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors]
-                result = _apply(function, frame, metas)
-            if type(result) is not Tensor:
-                return None
-            known = _shapes[key] = (result.shape, result.dtype)
-    except Exception:  # the real call, on values, raises what torch raises at the user's own line
-        return None
-    shape, dtype = known
+            return None
+        shape, dtype = known
+        first = next(t for t in tensors if type(t) is Placeholder)
+
+        def call(*values: Any) -> Any:
+            return _apply(function, frame, names, values, fixed)
+
+        folded = None if writes else _folded(function, call, first.shape, shape, samplewise)
+        into.sites[key] = site = FunctionSite(into, call, folded, [t for t in fixed if not _is_one_of(t, writes)])
+        learns = torch.is_grad_enabled() and any(t.requires_grad if type(t) is not Placeholder else t.learns
+                                                 for t in (*tensors, *fixed))  # fmt: skip
+        learns = learns and dtype.is_floating_point and function not in (Tensor.detach, torch.detach)
+        site.outputs(shape, (dtype,), first.device, learns)
+        if function in _IN_CHUNKS and folded is not None:
+            size = dtype.itemsize * (first.shape.numel() + shape.numel())
+            site.most, site.pulled = max(1, policy.CHUNK_BYTES // size), False
+    elif not site.queue:
+        site.read_again()
+    if writes:
+        into.sites[written] = site
     for tensor in tensors:
         if type(tensor) is not Placeholder:
             into.watch(tensor)
-    refs = tuple([into.input_ref(t) for t in tensors])
-    sources = tuple([id(ref[0].site) if type(ref) is tuple else id(ref) for ref in refs])
-    place = (function, repr(frame), sources, into.mode())
-    site = into.sites.get(place)
-    if site is None:
-        site = into.sites[place] = FunctionSite(lambda *values: _apply(function, frame, values))
-    learns = torch.is_grad_enabled() and any(t.learns if type(t) is Placeholder else t.requires_grad for t in tensors)
-    device = next(t.device for t in tensors if type(t) is Placeholder)
-    (out,) = into.add(site, refs, None, shape, (dtype,), device, learns)
+    (out,) = site.add(tuple([into.input_ref(t) for t in tensors]))
     return out
 
 
 class _Hole:
-    """The place of a tensor in a call's arguments."""
+    """The place of a tensor in a call's arguments: the n-th that differs from call to call, or that is fixed."""
 
-    __slots__ = ("number",)
+    __slots__ = ("identity", "number")
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, identity: int | None) -> None:
+        self.number, self.identity = number, identity
 
-    def __repr__(self) -> str:
-        return f"_{self.number}"
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _Hole and self.number == other.number and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash((self.number, self.identity))
 
 
-def _apply(function: Callable[..., Any], frame: Any, tensors: Any) -> Any:
-    args, kwargs = tree_map(lambda leaf: tensors[leaf.number] if type(leaf) is _Hole else leaf, frame)
-    return function(*args, **kwargs)
+def _frame(value: Any, into: Recording, tensors: list[Any], fixed: list[Tensor], writes: tuple[Tensor, ...]) -> Any:
+    """`value` as something hashable, with holes for its tensors; None where there is a thing in it that is neither."""
+    kind = type(value)
+    if kind is Placeholder:
+        if value._dense_only or value.spec.recording is not into:
+            return None
+        tensors.append(value)
+        return _Hole(len(tensors) - 1, None)
+    if isinstance(value, Tensor):
+        if isinstance(value, TensorLike) or value.is_inference():
+            return None
+        if kind is torch.nn.Parameter or _is_one_of(value, writes):
+            fixed.append(value)
+            return _Hole(len(fixed) - 1, id(value))
+        tensors.append(value)
+        return _Hole(len(tensors) - 1, None)
+    if kind is tuple or kind is list or kind is torch.Size:
+        parts = []
+        for part in value:
+            inner = _frame(part, into, tensors, fixed, writes)
+            if inner is None:
+                return None
+            parts.append(inner)
+        return (kind, *parts)
+    if kind is slice:
+        return None if not all(part is None or type(part) is int for part in (value.start, value.stop, value.step)) \
+            else (slice, value.start, value.stop, value.step)  # fmt: skip
+    return (None, kind, value) if isinstance(value, _CONSTANTS) else None
+
+
+def _is_one_of(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    return any(tensor is other for other in others)
+
+
+def _filled(frame: Any, tensors: Sequence[Any], fixed: Sequence[Tensor]) -> Any:
+    if type(frame) is _Hole:
+        return tensors[frame.number] if frame.identity is None else fixed[frame.number]
+    kind = frame[0]
+    if kind is None:
+        return frame[2]
+    if kind is slice:
+        return slice(*frame[1:])
+    parts = [_filled(part, tensors, fixed) for part in frame[1:]]
+    return parts if kind is list else tuple(parts)
+
+
+def _apply(function: Callable[..., Any], frame: Any, names: Any, tensors: Sequence[Any], fixed: Sequence[Any]) -> Any:
+    args, values = _filled(frame, tensors, fixed)
+    return function(*args, **dict(zip(names, values, strict=True)))
+
+
+def _shape_of(
+    function: Any, frame: Any, names: Any, tensors: Sequence[Any], fixed: Sequence[Tensor]
+) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and dtype of a result, told by meta tensors; None where it is not one tensor, or where the call is wrong:
+    made on values, it raises what torch raises at the user's own line."""
+    metas = tuple([(t.shape, t.dtype) for t in (*tensors, *fixed)])
+    if function in _ONE_DTYPE and len({dtype for _, dtype in metas}) > 1:
+        return None
+    key = (function, _anonymous(frame), names, metas)
+    if key in _shapes:
+        return _shapes[key]
+    try:
+        with paused(), torch.no_grad():
+            made = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in metas]
+            result = _apply(function, frame, names, made[: len(tensors)], made[len(tensors) :])
+        known = (result.shape, result.dtype) if type(result) is Tensor else None
+    except Exception:
+        known = None
+    if len(_shapes) >= _SHAPES_MOST:
+        _shapes.clear()
+    _shapes[key] = known
+    return known
+
+
+def _anonymous(frame: Any) -> Any:
+    """A frame without the identities of its tensors."""
+    if type(frame) is _Hole:
+        return (_Hole, frame.number, frame.identity is None)
+    if type(frame) is tuple and frame[0] in (tuple, list, torch.Size):
+        return (frame[0], *map(_anonymous, frame[1:]))
+    return frame
+
+
+def _folded(
+    function: Any, call: Callable[..., Any], shape: torch.Size, out: torch.Size, samplewise: int | None
+) -> Callable[..., Tensor | None] | None:
+    """How T calls become one: (T, which tensors are one for all steps, *tensors) -> [T, *out], None where they cannot.
+    shape: of the first placeholder in one step; out: of the result."""
+    if function in _RESHAPES:
+        return lambda steps, constant, x, *_: x.reshape(steps, *out)
+    if function in _ELEMENTWISE:
+        return lambda steps, constant, *tensors: _elementwise(call, steps, constant, out, tensors)
+    dims = _SAMPLEWISE.get(function, samplewise)
+    if dims is None or len(shape) < 2 or (dims and len(shape) != dims) or len(out) < 1 or out[0] != shape[0]:
+        return None
+    return lambda steps, constant, x, *others: (
+        None if not all(constant[1:]) or constant[0]
+        else call(x.reshape(steps * shape[0], *shape[1:]), *others).view(steps, *out)
+    )  # fmt: skip
+
+
+def _elementwise(
+    call: Callable[..., Tensor], steps: int, constant: Sequence[bool], out: torch.Size, tensors: Sequence[Tensor]
+) -> Tensor | None:
+    """Sequences must have as many dimensions as the result, so that what is one for all steps lines up with them."""
+    for same, tensor in zip(constant, tensors, strict=True):
+        if tensor.dim() > len(out) if same else tensor.dim() != len(out) + 1:
+            return None
+    result = call(*tensors)
+    return result if result.shape == (steps, *out) else None

@@ -7,27 +7,33 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sparse_backend.events import EventTensor
-from sparse_backend.tensorlike import TensorLike
+from sparse_backend.tensorlike import NOTHING, TensorLike
 
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_grad_enabled = torch.is_grad_enabled
+_autocast_enabled = torch._C._is_any_autocast_enabled
+_functorch_active = torch._C._are_functorch_transforms_active
+_make_subclass = Tensor._make_subclass
+_weak = weakref.ref
 
 
 class Run:
     """What one execution of a site gave: per output a sequence, and its steps when somebody asks for one."""
 
-    __slots__ = ("_last", "_sequences", "_steps", "length")
+    __slots__ = ("_last", "_mode", "_sequences", "_steps", "length")
 
     def __init__(self, sequences: Sequence[Any], length: int, last: Sequence[Any] | None = None) -> None:
         """sequences: per output [T, ...], or None where nobody can ask for any step but the last; last: per output
         the value of the last step, or None where it is cut from the sequence."""
-        self._sequences, self.length = list(sequences), length
+        self._sequences, self.length, self._mode = list(sequences), length, _grad_enabled()
         self._last = list(last) if last is not None else [None] * len(self._sequences)
         self._steps: list[Sequence[Any] | None] = [None] * len(self._sequences)
 
@@ -46,28 +52,35 @@ class Run:
             if type(sequence) is EventTensor and sequence.is_events and len(sequence.shape) > 2:
                 steps = [sequence.step(t) for t in range(self.length)]
             else:
-                tensor = sequence.to_dense() if isinstance(sequence, TensorLike) else sequence
-                steps = tensor.unbind(0)
+                with torch.set_grad_enabled(self._mode):  # whoever asks first
+                    steps = (sequence.to_dense() if isinstance(sequence, TensorLike) else sequence).unbind(0)
             self._steps[slot] = steps
         return steps[index]
 
 
 class Node:
-    """One recorded call. inputs and state are tensors or (node, slot) of an earlier call."""
+    """One recorded call. inputs and states are tensors or (node, slot) of an earlier call."""
 
-    __slots__ = ("index", "inputs", "outputs", "run", "site", "state", "successor", "used")
+    __slots__ = ("index", "inputs", "outputs", "run", "site", "states", "taken", "used")
 
-    def __init__(self, site: Site, inputs: tuple[Any, ...], state: Any) -> None:
-        self.site, self.inputs, self.state = site, inputs, state
+    def __init__(self, site: Site, inputs: tuple[Any, ...], states: tuple[Any, ...]) -> None:
+        self.site, self.inputs, self.states = site, inputs, states
         self.run: Run | None = None
         self.index = 0
-        self.outputs: tuple[Any, ...] = ()  # weak references to the placeholders handed out
-        self.used = 0  # bits of the outputs that other calls take, the next step's state aside
-        self.successor = False  # whether a call has taken an output as its state
+        self.outputs: tuple[Any, ...] = ()  # weak references to the placeholders handed out, None where nobody asks
+        self.used = self.taken = 0  # bits of outputs: other calls take it; the layer's next call takes it as its state
 
     def asked_for(self, slot: int) -> bool:
         """Whether anyone but the next step can still ask for this output."""
-        return bool(self.used >> slot & 1) or self.outputs[slot]() is not None
+        if self.used >> slot & 1:
+            return True
+        output = self.outputs[slot]()
+        return output is not None and output.ref[0] is self
+
+    def watch_outputs(self, outputs: Sequence[Placeholder]) -> None:
+        """Say who stands for the outputs, for `asked_for`."""
+        first = self.site.states_at
+        self.outputs = (*(None,) * first, *map(_weak, outputs[first:]))
 
 
 def value(ref: Any) -> Any:
@@ -78,39 +91,71 @@ def value(ref: Any) -> Any:
     return ref
 
 
+class Spec:
+    """What is known of an output before it has run. Outputs of one site share one, so that a call that is given what
+    the last one was given is known by identity."""
+
+    __slots__ = ("device", "dtype", "learns", "recording", "shape")
+
+    def __init__(
+        self, recording: Recording, shape: torch.Size, dtype: torch.dtype, device: torch.device, learns: bool
+    ) -> None:
+        self.recording, self.shape, self.dtype, self.device, self.learns = recording, shape, dtype, device, learns
+
+
 class Placeholder(TensorLike):
     """An output of a recorded call. Knows its shape; its numbers come when the recording runs."""
 
-    __slots__ = ("_dense", "device", "dtype", "learns", "node", "recording", "shape", "slot")
+    __slots__ = ("ref", "spec")
 
-    def __init__(
-        self,
-        recording: Recording,
-        node: Node,
-        slot: int,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        device: torch.device,
-        learns: bool,
-    ) -> None:
-        self.recording, self.node, self.slot = recording, node, slot
-        self.shape, self.dtype, self.device, self.learns = shape, dtype, device, learns
-        self._dense: Tensor | None = None
-        self._dense_only = self._embodied = False
+    ref: tuple[Node, int]
+    spec: Spec
+    _dense: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.spec.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.spec.device
+
+    @property
+    def learns(self) -> bool:  # type: ignore[override]
+        return self.spec.learns
 
     def value(self) -> Any:
         """The tensor or EventTensor this stands for; runs the recording if it has not run yet."""
         if self._dense_only:
             return self._dense
-        if self.node.run is None:
-            self.recording.flush(forced=True)
-        return self.node.run.get(self.slot, self.node.index)  # type: ignore[union-attr]
+        node, slot = self.ref
+        if node.run is None:
+            self.spec.recording.flush(forced=True)
+        return node.run.get(slot, node.index)  # type: ignore[union-attr]
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         if self._dense is None:
             found = self.value()
             self._dense = found.to_dense() if isinstance(found, TensorLike) else found
         return self._dense
+
+    @property
+    def has_value(self) -> bool:
+        """Whether what it stands for has run."""
+        return self._dense is not None or self.ref[0].run is not None
+
+    def dense_from_now_on(self) -> Tensor:
+        tensor = self.to_dense()
+        if tensor._base is not None and tensor.requires_grad:
+            self._dense = tensor = tensor.clone()  # a step cut from a sequence may not be written to
+        self._dense_only = True
+        spec = self.spec  # not that of its site any more: whoever knows it by its spec looks again
+        self.spec = Spec(spec.recording, spec.shape, spec.dtype, spec.device, spec.learns)
+        return tensor
 
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(self.to_dense())
@@ -128,11 +173,66 @@ class Placeholder(TensorLike):
 class Site:
     """A place in the user's code whose calls may run together: same layer, same settings."""
 
-    def __init__(self, reads: Sequence[Tensor] = ()) -> None:
+    #: most calls to run at once: how many steps of its inputs and outputs stay in cache
+    most = sys.maxsize
+    #: whether it may run before its turn so that a layer behind it sees more steps at once
+    pulled = True
+
+    def __init__(self, recording: Recording, reads: Sequence[Tensor] = ()) -> None:
         """reads: the caller's tensors that every call of this site uses, as they are now."""
+        self.recording = recording
         self.mode = Recording.mode()
         self.queue: list[Node] = []
-        self.reads = [(tensor, tensor._version) for tensor in reads]
+        self.place = 0  #: calls of the queue that have run
+        self.switched = False  #: what it reads requires grad only while it runs, or only while it does not
+        self.gathering = False  #: calls that run next are being sought
+        self.reads = [(tensor, _version(tensor), tensor.requires_grad) for tensor in reads]
+        self.specs: tuple[Spec, ...] = ()
+        self.states_at = 1  #: outputs from here on are states or may be asked for step by step
+        self.input_spec: Any = None  #: what the last call was given: the next one that is given the same
+        self.state_specs: tuple[Any, ...] = ()  #: needs no other look
+
+    def outputs(self, shape: torch.Size, dtypes: Sequence[torch.dtype], device: torch.device, learns: bool) -> None:
+        """Say what calls from now on give, all of one shape."""
+        specs = self.specs
+        if (
+            len(specs) != len(dtypes)
+            or specs[0].learns is not learns
+            or specs[0].shape != shape
+            or specs[0].device != device
+            or any(spec.dtype is not dtype for spec, dtype in zip(specs, dtypes, strict=True))
+        ):
+            self.specs = tuple([Spec(self.recording, shape, dtype, device, learns) for dtype in dtypes])
+
+    def add(self, inputs: tuple[Any, ...], states: tuple[Any, ...] = ()) -> list[Placeholder]:
+        """Record one call; returns a placeholder for each output."""
+        node = Node(self, inputs, states)
+        specs = self.specs
+        output = _make_subclass(Placeholder, NOTHING, True)
+        output.ref, output.spec = (node, 0), specs[0]
+        made = [output]
+        for slot in range(1, len(specs)):
+            output = _make_subclass(Placeholder, NOTHING, True)
+            output.ref, output.spec = (node, slot), specs[slot]
+            made.append(output)
+        if self.states_at < len(specs):
+            node.watch_outputs(made)
+        self.queue.append(node)
+        self.recording.pending.append(node)
+        return made
+
+    def read_again(self) -> None:
+        """Nothing is recorded: what it reads may have changed."""
+        self.reads = [(tensor, _version(tensor), tensor.requires_grad) for tensor, *_ in self.reads]
+
+    def is_current(self) -> bool:
+        """Whether the tensors it reads are as they were."""
+        return all(_version(t) == version and t.requires_grad is learned for t, version, learned in self.reads)
+
+    def forget(self) -> None:
+        """What was recorded has run: the next call is looked at closely again."""
+        self.queue.clear()
+        self.place, self.input_spec, self.gathering = 0, None, False
 
     def execute(self, nodes: list[Node]) -> None:
         """Run these calls, in order, and give each its `run` and `index`. All their inputs have run."""
@@ -144,37 +244,36 @@ class Recording:
 
     def __init__(self) -> None:
         self.sites: dict[Any, Site] = {}
-        self.hooks, self.grad_mode = _hooks(True), torch.is_grad_enabled()
+        self.hooks, self.grad_mode = _hooks(True), _grad_enabled()
         self.pending: list[Node] = []
-        self.watched: list[tuple[Tensor, int]] = []
+        self.watched: list[tuple[Tensor, int, bool]] = []
         self.longest = 0  #: steps of the longest run so far
-        self.last_states: dict[Any, tuple[Placeholder, Callable[[Tensor], None]]] = {}  #: module -> its newest state
+        self.holders: list[Any] = []  #: states of layers that know their last call's site
+        self.put_back: dict[Any, Callable[[], None]] = {}  #: module that holds its own state -> gives it values
         self.forced_by: str | None = None  #: the user's line that first needed a number before the forward ended
 
-    def add(
-        self,
-        site: Site,
-        inputs: tuple[Any, ...],
-        state: Any,
-        shape: torch.Size,
-        dtypes: Sequence[torch.dtype],
-        device: torch.device,
-        learns: bool,
-    ) -> list[Placeholder]:
-        """Record one call of one or two outputs; returns a placeholder for each, all of one shape."""
-        node = Node(site, inputs, state)
-        outputs = [Placeholder(self, node, 0, shape, dtypes[0], device, learns)]
-        if len(dtypes) > 1:
-            outputs.append(Placeholder(self, node, 1, shape, dtypes[1], device, learns))
-        node.outputs = tuple([*map(weakref.ref, outputs)])
-        site.queue.append(node)
-        self.pending.append(node)
-        return outputs
+    def hold(self, state: Any, site: Site) -> None:
+        """Let a layer's state know the site of its last call until the forward ends."""
+        if state.site is None:
+            self.holders.append(state)
+        state.site = site
+
+    def _let_go(self) -> None:
+        for state in self.holders:
+            state.site = None
+        self.holders.clear()
+        self.sites.clear()
+        self.put_back.clear()
 
     def accepts(self) -> bool:
-        """Whether a call made now may be recorded: torch is in the state that recorded calls will run under. Inside a
-        checkpoint or a custom autograd function it is not, and what they see must be computed there."""
-        return torch.is_grad_enabled() is self.grad_mode and _hooks(True) == self.hooks
+        """Whether a call made now may be recorded: torch is in the state that recorded calls will run under. Inside
+        a checkpoint or a custom autograd function it is not, and what they see must be computed there."""
+        return (
+            _grad_enabled() is self.grad_mode
+            and not _autocast_enabled()
+            and not _functorch_active()
+            and _hooks(True) == self.hooks
+        )
 
     @staticmethod
     def mode() -> bool:
@@ -183,12 +282,12 @@ class Recording:
 
     def watch(self, tensor: Tensor) -> None:
         """Remember that a recorded call will read this tensor of the caller's."""
-        self.watched.append((tensor, tensor._version))
+        self.watched.append((tensor, tensor._version, False))
 
     def _check_unchanged(self, sites: Iterable[Site]) -> None:
         watched, self.watched = self.watched, []
-        for tensor, version in itertools.chain(watched, *(site.reads for site in sites)):
-            if tensor._version != version:
+        for tensor, version, _ in itertools.chain(watched, *(site.reads for site in sites)):
+            if _version(tensor) != version:
                 raise RuntimeError(
                     f"time fusion: a tensor of shape {list(tensor.shape)} was changed in place after a recorded call "
                     "read it and before that call ran. Change it before the loop or after its results are used, or "
@@ -198,21 +297,18 @@ class Recording:
     def input_ref(self, x: Any) -> Any:
         """How a node remembers an input: a placeholder of this recording by its node, anything else as it is."""
         if type(x) is Placeholder:
-            if x._dense_only or x.recording is not self:
+            if x._dense_only or x.spec.recording is not self:
                 return x.to_dense()
-            x.node.used |= 1 << x.slot
-            return x.node, x.slot
+            ref = x.ref
+            ref[0].used |= 1 << ref[1]
+            return ref
         return x
 
     def state_ref(self, x: Any) -> Any:
-        """How a node remembers its state. The first call to take a state continues its layer's run; if it cannot,
+        """How a node remembers a state. The first call to take a state continues its layer's run; if it cannot,
         that state is the last of its run, which every run keeps."""
-        if type(x) is Placeholder and not x._dense_only and x.recording is self:
-            node = x.node
-            if node.successor:
-                node.used |= 1 << x.slot
-            node.successor = True
-            return node, x.slot
+        if type(x) is Placeholder and not x._dense_only and x.spec.recording is self:
+            return take(x.ref)
         return x.to_dense() if type(x) is Placeholder else x
 
     def flush(self, forced: bool = False) -> None:
@@ -222,36 +318,88 @@ class Recording:
         if forced and self.forced_by is None:
             self.forced_by = _users_line()
         pending, self.pending = self.pending, []
-        queues = {id(node.site): node.site for node in pending}
-        places: dict[int, int] = {}
+        sites = {id(node.site): node.site for node in pending}.values()
         try:
-            self._check_unchanged(queues.values())
-            with paused():
+            self._check_unchanged(sites)
+            chunk = min(site.most for site in sites)
+            for site in sites:
+                if site.most < sys.maxsize:
+                    site.most = chunk  # one for all: what a run made is then taken whole by the next
+            with paused(), self._surroundings():
                 for node in pending:
                     if node.run is None:
-                        run = self._ready_run(node, places)
-                        with torch.set_grad_enabled(node.site.mode):
-                            node.site.execute(run)
-                        self.longest = max(self.longest, len(run))
+                        self._run(node.site)
         finally:
-            for site in queues.values():
-                site.queue.clear()
+            for site in sites:
+                site.forget()
+
+    @contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        """Torch as when the recording began: no autocast, no torch.func transform, its saved-tensor hooks."""
+        with ExitStack() as stack:
+            if _autocast_enabled():
+                stack.enter_context(torch._C._DisableAutocast())
+            if _functorch_active():
+                stack.enter_context(torch._C._DisableFuncTorch())
+            while _hooks(True) is not None and _hooks(True) != self.hooks:
+                hooks = _hooks(True)
+                torch._C._autograd._pop_saved_tensors_default_hooks()
+                stack.callback(torch._C._autograd._push_saved_tensors_default_hooks, *hooks)
+            yield
+
+    def _run(self, site: Site) -> None:
+        """Run the next call of a site, whose inputs have all run, and what later ones can run with it."""
+        site.gathering = True
+        nodes = self._ready(site)
+        site.gathering = False
+        site.place += len(nodes)
+        with torch.set_grad_enabled(site.mode), _requiring_grad(site.reads) as site.switched:
+            site.execute(nodes)
+        self.longest = max(self.longest, len(nodes))
+
+    def _ready(self, site: Site) -> list[Node]:
+        """The next call of a site, and the later ones that need nothing but what has run and their own past."""
+        queue = site.queue
+        nodes = [queue[site.place]]
+        for later in itertools.islice(queue, site.place + 1, site.place + min(site.most, len(queue))):
+            before = nodes[-1]
+            for state in later.states:
+                if type(state) is not tuple or state[0] is not before:
+                    return nodes
+            for ref in later.inputs:
+                if type(ref) is tuple and ref[0].run is None and not self._pull(ref[0]):
+                    return nodes
+            nodes.append(later)
+        return nodes
+
+    def _pull(self, node: Node) -> bool:
+        """Run a call before its turn, if nothing it needs stands in the way."""
+        site = node.site
+        if not site.pulled or site.gathering or site.queue[site.place] is not node:
+            return False
+        for ref in (*node.inputs, *node.states):
+            if type(ref) is tuple and ref[0].run is None and not self._pull(ref[0]):
+                return False
+        self._run(site)
+        return True
 
     def finish(self) -> None:
         """Run what is left, and give every module its state as a tensor."""
         try:
             self.flush()
-        finally:
-            last_states, self.last_states = self.last_states, {}
-        for state, put_back in last_states.values():
-            put_back(state.to_dense())
+        except BaseException:
+            self.abandon()
+            raise
+        for put_back in self.put_back.values():
+            put_back()
+        self._let_go()
 
     def settle(self, module: Any) -> None:
         """A module is about to run now: give it its state as a tensor."""
-        entry = self.last_states.pop(module, None)
-        if entry is not None:
-            state, put_back = entry
-            put_back(state.to_dense())
+        put_back = self.put_back.pop(module, None)
+        if put_back is not None:
+            self.flush(forced=True)
+            put_back()
 
     def abandon(self) -> None:
         """The forward raised: drop what was recorded. Modules keep the states of the steps that had run, or start
@@ -259,30 +407,37 @@ class Recording:
         self.pending.clear()
         self.watched.clear()
         for site in self.sites.values():
-            site.queue.clear()
-        last_states, self.last_states = self.last_states, {}
-        for state, put_back in last_states.values():
-            put_back(state.to_dense() if state.node.run is not None else torch.zeros(0, device=state.device))
+            site.forget()
+        for put_back in self.put_back.values():
+            put_back()
+        self._let_go()
 
-    @staticmethod
-    def _ready_run(node: Node, places: dict[int, int]) -> list[Node]:
-        """The node, and the later calls of its site that need nothing but what has run and their own past."""
-        site = node.site
-        queue, place = site.queue, places.get(id(site), 0)
-        run = [node]
-        for later in queue[place + 1 :]:
-            state = later.state
-            if state is not None and not (type(state) is tuple and state[0] is run[-1]):
-                break
-            for ref in later.inputs:
-                if type(ref) is tuple and ref[0].run is None:
-                    break
-            else:
-                run.append(later)
-                continue
-            break
-        places[id(site)] = place + len(run)
-        return run
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def take(ref: tuple[Node, int]) -> tuple[Node, int]:
+    """Take an output as the state of the layer's next call."""
+    node, slot = ref
+    bit = 1 << slot
+    if node.taken & bit:
+        node.used |= bit
+    node.taken |= bit
+    return ref
+
+
+@contextmanager
+def _requiring_grad(reads: Sequence[tuple[Tensor, int, bool]]) -> Iterator[bool]:
+    """Leaves require grad as they did when they were recorded; yields whether that takes a switch."""
+    changed = [tensor for tensor, _, learned in reads if tensor.requires_grad is not learned and tensor.is_leaf]
+    for tensor in changed:
+        tensor.requires_grad_(not tensor.requires_grad)
+    try:
+        yield bool(changed)
+    finally:
+        for tensor in changed:
+            tensor.requires_grad_(not tensor.requires_grad)
 
 
 _here = threading.local()
@@ -297,6 +452,16 @@ def current() -> Recording | None:
     """The same, if calls made now may be recorded."""
     into = getattr(_here, "recording", None)
     return into if into is not None and into.accepts() else None
+
+
+def _before_optimizer_step(*_: Any) -> None:
+    """Recorded calls read weights as they are now."""
+    into = enclosing()
+    if into is not None:
+        into.flush(forced=True)
+
+
+register_optimizer_step_pre_hook(_before_optimizer_step)
 
 
 def is_recording() -> bool:

@@ -12,7 +12,9 @@ from sparse_backend import policy
 from sparse_backend.deferred import DeferredCurrent, WeightHub, defer
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike
-from sparse_backend.timefusion.recorder import Node, Run, Site, value
+from sparse_backend.timefusion.recorder import Node, Recording, Run, Site, value
+
+_NOTHING = object()
 
 
 def collect(refs: Sequence[Any]) -> Any:
@@ -20,14 +22,9 @@ def collect(refs: Sequence[Any]) -> Any:
     the steps stacked."""
     first = refs[0]
     if type(first) is tuple:
-        run, slot = first[0].run, first[1]
-        if run.length == len(refs) and all(
-            type(ref) is tuple and ref[1] == slot and ref[0].run is run and ref[0].index == t
-            for t, ref in enumerate(refs)
-        ):
-            sequence = run.sequence(slot)
-            if sequence is not None:
-                return sequence
+        sequence = _whole_run(refs)
+        if sequence is not None:
+            return sequence
     elif type(first) is EventTensor:
         whole = first.origin
         if (
@@ -46,10 +43,23 @@ def collect(refs: Sequence[Any]) -> Any:
         whole = _sliced(refs)
         if whole is not None:
             return whole
-    return torch.stack([_dense(value(ref)) for ref in refs])
+    return torch.stack([dense(value(ref)) for ref in refs])
 
 
-def _dense(x: Any) -> Tensor:
+def _whole_run(refs: Sequence[Any]) -> Any:
+    """What one run made, where `refs` are all its steps, or some that follow each other."""
+    node, slot = refs[0]
+    run, first = node.run, node.index
+    for t, ref in enumerate(refs):
+        if type(ref) is not tuple or ref[1] != slot or ref[0].run is not run or ref[0].index != first + t:
+            return None
+    sequence = run.sequence(slot)
+    if sequence is None or len(refs) == run.length:
+        return sequence
+    return None if isinstance(sequence, TensorLike) else sequence[first : first + len(refs)]
+
+
+def dense(x: Any) -> Tensor:
     return x.to_dense() if isinstance(x, TensorLike) else x
 
 
@@ -113,13 +123,34 @@ def share(nodes: Sequence[Node], run: Run) -> None:
 
 
 class FunctionSite(Site):
-    """Any function of values of one step: run step by step, in the order of the steps."""
+    """A function of one step's tensors."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
+    def __init__(
+        self,
+        recording: Recording,
+        function: Callable[..., Any],
+        folded: Callable[..., Tensor | None] | None,
+        reads: Sequence[Tensor] = (),
+    ) -> None:
+        """folded: the same of sequences [T, ...], given which of its tensors are one for all steps; None where the
+        steps must run one by one, in their order."""
+        super().__init__(recording, reads)
+        self.function, self.folded = function, folded
 
     def execute(self, nodes: list[Node]) -> None:
+        if self.folded is not None and len(nodes) > 1:
+            columns = list(zip(*(node.inputs for node in nodes), strict=True))
+            constant = [same_at_every_step(refs) for refs in columns]
+            tensors = [
+                dense(value(refs[0]) if same else collect(refs)) for refs, same in zip(columns, constant, strict=True)
+            ]
+            if all(constant):
+                share(nodes, Constant(self.function(*tensors)))
+                return
+            result = self.folded(len(nodes), constant, *tensors)
+            if result is not None:
+                share(nodes, Run([result], len(nodes)))
+                return
         for node in nodes:
             result = self.function(*[value(ref) for ref in node.inputs])
             node.run, node.index = Run([None], 1, [result]), 0
@@ -128,9 +159,19 @@ class FunctionSite(Site):
 class LinearSite(Site):
     """A linear layer: its events over all steps, multiplied when the neurons behind it run."""
 
-    def __init__(self, step: Callable[[Any], Any], weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__([weight] if bias is None else [weight, bias])
+    def __init__(self, recording: Recording, step: Callable[[Any], Any], weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(recording, [weight] if bias is None else [weight, bias])
         self.step, self.weight, self.bias = step, weight, bias
+        self.sliced: Any = _NOTHING  #: what the last input was cut from
+        self.slice_shape = torch.Size()
+
+    def still_learns(self) -> bool:
+        """Whether weight and bias require grad as they did."""
+        return all([tensor.requires_grad is learned for tensor, _, learned in self.reads])
+
+    def forget(self) -> None:
+        super().forget()
+        self.sliced = _NOTHING
 
     def execute(self, nodes: list[Node]) -> None:
         refs = [node.inputs[0] for node in nodes]
@@ -140,50 +181,66 @@ class LinearSite(Site):
             return
         whole = collect(refs)
         events = whole if type(whole) is EventTensor else EventTensor.if_sparse(whole, policy.MAX_INPUT)
-        current = None if events is None else defer(events, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if self.switched:  # they are as recorded now, and will not be when the neurons run
+            weight = weight.view_as(weight)
+            bias = None if bias is None else bias.view_as(bias)
+        current = None if events is None else defer(events, weight, bias)
         if current is None:
-            current = torch.nn.functional.linear(_dense(whole), self.weight, self.bias)
+            current = torch.nn.functional.linear(dense(whole), weight, bias)
         share(nodes, Run([current], len(nodes)))
 
 
 class NeuronSite(Site):
-    """A neuron layer. Outputs: spikes, membrane; the state is the membrane of the step before.
+    """A neuron layer. Its first output is the sequence it is there for (spikes, or a readout's membrane); from
+    `states_at` on outputs are kept as sequences only where somebody asks for them.
 
-    step(current, mem) -> spikes, mem is one call as the step form runs it;
-    sequence(current [T, ...], mem, keep_mem) -> spikes [T, ...], mem_last, mem_seq or None is all of them.
+    step(current, *states) -> outputs of one call as the step form runs it;
+    sequence(current [T, ...], states, keep) -> sequences of all outputs, None where not in `keep` (one flag per output
+    from `states_at` on), and the last step of each, None where it is cut from the sequence.
     """
 
-    def __init__(self, step: Callable[..., Any], sequence: Callable[..., Any], reads: Sequence[Tensor]) -> None:
-        super().__init__(reads)
+    pulled = False  # it is what the others wait for
+
+    def __init__(
+        self, recording: Recording, step: Callable[..., Any], sequence: Callable[..., Any], reads: Sequence[Tensor]
+    ) -> None:
+        super().__init__(recording, reads)
         self.step, self.sequence = step, sequence
 
     def execute(self, nodes: list[Node]) -> None:
         refs = [node.inputs[0] for node in nodes]
-        start = value(nodes[0].state)
+        starts = [value(state) for state in nodes[0].states]
+        n_outputs = len(self.specs)
         if len(nodes) == 1:
-            share(nodes, Run([None, None], 1, self.step(value(refs[0]), start)))
+            share(nodes, Run([None] * n_outputs, 1, self.step(value(refs[0]), *starts)))
             return
         if same_at_every_step(refs):
-            one = _dense(value(refs[0]))
+            one = dense(value(refs[0]))
             current = one.expand(len(refs), *one.shape)
         else:
             current = collect(refs)
-        keep_mem = any(node.asked_for(1) for node in nodes[:-1])
-        spikes, mem_last, mem_seq = self.sequence(current, start, keep_mem)
-        share(nodes, Run([spikes, mem_seq], len(nodes), [None, mem_last]))
+        earlier = nodes[:-1]
+        keep = [any(node.asked_for(slot) for node in earlier) for slot in range(self.states_at, n_outputs)]
+        sequences, last = self.sequence(current, starts, keep)
+        share(nodes, Run(sequences, len(nodes), last))
 
 
 class SumSite(Site):
     """A running sum, total = total + x. Its steps are formed only if somebody kept them."""
 
+    def __init__(self, recording: Recording) -> None:
+        super().__init__(recording)
+        self.states_at = 0
+
     def execute(self, nodes: list[Node]) -> None:
-        start = value(nodes[0].state)
+        start = value(nodes[0].states[0])
         if len(nodes) == 1:
-            share(nodes, Run([None], 1, [_dense(start) + _dense(value(nodes[0].inputs[0]))]))
+            share(nodes, Run([None], 1, [dense(start) + dense(value(nodes[0].inputs[0]))]))
             return
         steps = collect([node.inputs[0] for node in nodes])
         if any(node.asked_for(0) for node in nodes[:-1]):
-            totals = _dense(start) + _dense(steps).cumsum(0)
+            totals = dense(start) + dense(steps).cumsum(0)
             share(nodes, Run([totals], len(nodes)))
         else:
-            share(nodes, Run([None], len(nodes), [_dense(start) + steps.sum(0)]))
+            share(nodes, Run([None], len(nodes), [dense(start) + steps.sum(0)]))
