@@ -93,7 +93,7 @@ def _record_first(
     if site is None:
         site = into.sites[key] = _site(into, state, plan)
     learns = torch.is_grad_enabled() and (site.learns or _learns(input_) or _learns(before))
-    site.outputs(shape, (site.spike_dtype, dtype), input_.device, learns)
+    site.outputs(input_.device, (shape, site.spike_dtype, learns), (shape, dtype, learns))
     ref = into.input_ref(input_)
     if kind is Tensor:
         into.watch(input_)

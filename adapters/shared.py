@@ -60,6 +60,7 @@ def count(
     """Count one call of a spiking layer: `entries` of all `steps`. asked_dense: nobody looked whether it had to be."""
     tally, form = layer.tally, "sequence" if in_time else "step"
     tally.entries += entries
+    tally.at_once = max(tally.at_once, steps)
     if result.kept:
         tally.kept += result.kept
         tally.dense_kept += 2 * entries * itemsize
@@ -166,17 +167,7 @@ def linear_forward(module: Any, input: Any) -> Any:
     state: LinearState = module.__dict__[STATE]
     into = recorder.current()
     if into is not None:
-        site = state.site
-        if site is not None and weight is site.weight and bias is site.bias and site.still_learns():
-            # The next call of the last one's layer, with the next step of its input?
-            if type(input) is Placeholder:
-                if input.spec is site.input_spec:
-                    ref = input.ref
-                    ref[0].used |= 1 << ref[1]
-                    return site.add((ref,))[0]
-            elif type(input) is Tensor and input._base is site.sliced and input.shape == site.slice_shape:
-                return site.add((input,))[0]
-        recorded = _record(into, module, state, weight, bias, input)
+        recorded = record_linear(into, state, weight, bias, input)
         if recorded is not None:
             return recorded
     return linear(state, weight, bias, input)
@@ -208,13 +199,23 @@ def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) 
     return torch.nn.functional.linear(input, weight, bias)
 
 
-def _record(
-    into: Recording, module: Any, state: LinearState, weight: Tensor, bias: Tensor | None, input: Any
+def record_linear(
+    into: Recording, state: LinearState, weight: Tensor, bias: Tensor | None, input: Any
 ) -> Placeholder | None:
     """Record a call, where its input is recorded too, or is a step of events or a slice of a longer tensor.
 
     Anything else is the caller's own, to be overwritten the next moment: it is read now.
     """
+    site: Any = state.site
+    if site is not None and weight is site.weight and bias is site.bias and site.still_learns():
+        # The next call of the last one's layer, with the next step of its input?
+        if type(input) is Placeholder:
+            if input.spec is site.input_spec:
+                ref = input.ref
+                ref[0].used |= 1 << ref[1]
+                return site.add((ref,))[0]
+        elif type(input) is Tensor and input._base is site.sliced and input.shape == site.slice_shape:
+            return site.add((input,))[0]
     kind = type(input)
     if kind is not Placeholder:
         if kind is Tensor:
@@ -229,7 +230,6 @@ def _record(
         return None
     if weight.dtype not in _FLOATS or input.device != weight.device or unusual() is not None:
         return None
-    site: Any = state.site
     if (
         site is None
         or site.recording is not into
@@ -244,7 +244,7 @@ def _record(
     learns = torch.is_grad_enabled() and (
         weight.requires_grad or (bias is not None and bias.requires_grad) or (kind is not Tensor and input.learns)
     )
-    site.outputs(torch.Size((shape[0], weight.shape[0])), (weight.dtype,), weight.device, learns)
+    site.outputs(weight.device, (torch.Size((shape[0], weight.shape[0])), weight.dtype, learns))
     ref = into.input_ref(input)
     if kind is Tensor:
         into.watch(input)  # and with it, since they share their version, all slices of what it was cut from

@@ -1,8 +1,9 @@
-"""How the native extension is built: one description, shared by setup.py and the build at first use.
+"""How the native extensions are built: one description each, shared by setup.py and the build at first use.
 
-The extension is plain C++ against torch's stable ABI. It only implements operators; their schemas are declared in
-Python, so the result is a shared library for `torch.ops.load_library`, not a Python module. torch is imported by
-the functions that need it, never by this module: setup.py and the doctor use it where torch may be missing or broken.
+There are two, one for the CPU and one for CUDA, plain C++ and CUDA against torch's stable ABI. They only implement
+operators; the schemas are declared in Python, so the result is a shared library for `torch.ops.load_library`, not a
+Python module. torch is imported by the functions that need it, never by this module: setup.py and the doctor use it
+where torch may be missing or broken.
 
 Environment:
     SPARSE_BACKEND_BUILD     none | cpu | cuda: insist on one way; unset: kernels where they build, else the reference
@@ -11,6 +12,8 @@ Environment:
     SPARSE_BACKEND_DEBUG     1: unoptimised, index ranges checked in kernels, compiler warnings are errors
     SPARSE_BACKEND_SANITIZE  address and/or undefined, comma-separated: compile with these sanitizers
     CXX, MAX_JOBS            the compiler, and the number of compile jobs, as everywhere
+    CUDA_HOME                the CUDA toolkit, where nvcc is not on PATH
+    TORCH_CUDA_ARCH_LIST     at install time: compute capabilities to build CUDA kernels for, as torch reads it
 """
 
 from __future__ import annotations
@@ -41,10 +44,12 @@ except ImportError:  # not POSIX: the atomic publication alone keeps concurrent 
     fcntl = None  # type: ignore[assignment]
 
 LIBRARY_NAME = "sparse_backend_native"
+CUDA_LIBRARY_NAME = "sparse_backend_cuda"
+CUDA_OLDEST = (8, 0)  # compute capability
 TORCH_TARGET = (2, 11)  # oldest torch whose stable ABI the extension needs; it also runs on every newer one
 MODES = ("none", "cpu", "cuda")
 SANITIZERS = ("address", "undefined")
-HEADER_SUFFIXES = (".h", ".hpp", ".inl")
+HEADER_SUFFIXES = (".h", ".hpp", ".inl", ".cuh")
 # One library holds one instruction set, chosen when it is loaded. Best first; no -mfma, because results must not depend
 # on the machine.
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
@@ -100,7 +105,9 @@ class Description:
     include_dirs: tuple[Path, ...] = ()
     cflags: tuple[str, ...] = ()
     ldflags: tuple[str, ...] = ()
-    isa: str = "scalar"  # its flags are among cflags
+    isa: str = "scalar"  # its flags are among cflags; "cuda" for the CUDA kernels
+    archs: tuple[str, ...] = ()  # what nvcc makes: sm_XX machine code, compute_XX for the driver to translate
+    nvcc_flags: tuple[str, ...] = ()
 
     @property
     def library(self) -> str:
@@ -142,10 +149,18 @@ def describe(root: Path | None = None, isa: str | None = None) -> Description:
     isa = choose_isa() if isa is None else isa
     root = csrc_dir() if root is None else root
     sources = sorted([*root.glob("*.cpp"), *(root / "cpu").glob("*.cpp")])
-    headers = sorted(path for path in root.rglob("*") if path.suffix in HEADER_SUFFIXES)
     cflags, ldflags = flags()
     cflags = (*cflags, *ISA_FLAGS[isa])
-    return Description(LIBRARY_NAME, root, tuple(sources), tuple(headers), (root / "include",), cflags, ldflags, isa)
+    return Description(
+        LIBRARY_NAME, root, tuple(sources), _headers(root, "cpu"), (root / "include",), cflags, ldflags, isa
+    )
+
+
+def _headers(root: Path, device: str) -> tuple[Path, ...]:
+    """All that the sources of one device may include: a change to the other's is no reason to compile again."""
+    folders = (root, root / "include", root / device)
+    paths = {path for folder in folders for path in folder.glob("*" if folder == root else "**/*")}
+    return tuple(sorted(path for path in paths if path.suffix in HEADER_SUFFIXES))
 
 
 def flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -308,6 +323,227 @@ def torch_is_recent(version: str) -> bool:
     return found is not None and (int(found[1]), int(found[2])) >= TORCH_TARGET
 
 
+# --- CUDA -----------------------------------------------------------------------------------------------------------
+
+
+def describe_cuda(archs: Sequence[str], root: Path | None = None) -> Description:
+    """The description of the CUDA extension for these targets of nvcc: sm_90, compute_90, ..."""
+    root = csrc_dir() if root is None else root
+    cuda = root / "cuda"
+    sources = sorted([*cuda.glob("*.cu"), *cuda.glob("*.cpp")])
+    cflags, ldflags = flags()
+    return Description(
+        name=CUDA_LIBRARY_NAME,
+        root=root,
+        sources=tuple(sources),
+        headers=_headers(root, "cuda"),
+        include_dirs=(root / "include",),
+        cflags=(*cflags, "-DUSE_CUDA"),  # torch's own name: it declares the current CUDA stream
+        ldflags=ldflags,
+        isa="cuda",
+        archs=tuple(archs),
+        nvcc_flags=(*NVCC_FLAGS, *(gencode(arch) for arch in archs)),
+    )
+
+
+NVCC_FLAGS = (
+    "-O3",
+    "-fmad=false",  # rounds as the CPU kernels and torch do
+    "-Xcompiler=-fvisibility=hidden",
+)
+
+
+def gencode(arch: str) -> str:
+    return f"-gencode=arch=compute_{arch.partition('_')[2]},code={arch}"
+
+
+def find_nvcc() -> str | None:
+    """nvcc as a path: of CUDA_HOME or CUDA_PATH if set, else on PATH, else where Linux distributions put it."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for home in homes[:1]:
+        return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def nvcc_version(nvcc: str | None) -> str:
+    """Its release, such as "13.0"; "" where it does not answer."""
+    found = re.search(r"release ([\d.]+)", _ask(nvcc, "--version"))
+    return found[1] if found else ""
+
+
+def nvcc_archs(nvcc: str | None) -> list[int]:
+    """What nvcc can compile for, ascending: 80, 90, 120, ..."""
+    return sorted({int(number) for number in re.findall(r"compute_(\d+)", _ask(nvcc, "--list-gpu-arch"))})
+
+
+def nvcc_home(nvcc: str) -> str:
+    """The toolkit of this nvcc, as it names it itself: the command on PATH may be a script elsewhere."""
+    found = re.search(r"^#\$ TOP=(.+)$", _ask(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull), re.MULTILINE)
+    return str(Path(found[1].strip()).resolve()) if found else str(Path(nvcc).resolve().parent.parent)
+
+
+def _ask(command: str | None, *arguments: str) -> str:
+    if command is None:
+        return ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        answer = subprocess.run(
+            [command, *arguments], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        )
+        return answer.stdout + answer.stderr
+    return ""
+
+
+def gpus() -> list[tuple[str, tuple[int, int]]]:
+    """Name and compute capability of every GPU torch sees. BuildError where it sees none, or one that is too old."""
+    torch_version()
+    import torch
+
+    if torch.version.cuda is None:
+        there = driver_gpus()
+        raise BuildError(
+            f"torch {torch.__version__} is built without CUDA" + (f", and there is a GPU: {there[0]}" if there else ""),
+            cure="install a CUDA build of torch (https://pytorch.org/get-started), or set SPARSE_BACKEND_BUILD=cpu",
+        )
+    if not torch.cuda.is_available():
+        raise BuildError(
+            f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no usable GPU",
+            cure="check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES; or set SPARSE_BACKEND_BUILD=cpu",
+        )
+    found = [
+        (torch.cuda.get_device_name(i), tuple(torch.cuda.get_device_capability(i)))
+        for i in range(torch.cuda.device_count())
+    ]
+    for name, capability in found:
+        if capability < CUDA_OLDEST:
+            raise BuildError(
+                f"{name}: expected compute capability {_dotted(CUDA_OLDEST)} or newer, got {_dotted(capability)}",
+                cure="hide it with CUDA_VISIBLE_DEVICES, or set SPARSE_BACKEND_BUILD=cpu: CUDA tensors then run the "
+                "plain-PyTorch reference",
+            )
+    return found
+
+
+def driver_gpus() -> list[str]:
+    """GPUs as the driver names them, whether or not torch can use them: "name, driver, memory"."""
+    query = ("--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    command = shutil.which("nvidia-smi")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if command is not None:
+            answer = subprocess.run([command, *query], capture_output=True, text=True, timeout=30)
+            if answer.returncode == 0:
+                return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+    return []
+
+
+def _dotted(version: Sequence[int]) -> str:
+    return ".".join(map(str, version))
+
+
+def checked_nvcc() -> str:
+    """nvcc of the CUDA version torch was built for, or BuildError."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise BuildError(f"torch {torch.__version__} is built without CUDA", cure="install a CUDA build of torch")
+    nvcc, wanted = find_nvcc(), str(torch.version.cuda)
+    if nvcc is None:
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        raise BuildError(
+            f"nvcc: expected the CUDA {wanted} compiler in {home}/bin, got none"
+            if home
+            else f"nvcc: expected the CUDA {wanted} compiler on PATH or in /usr/local/cuda/bin, got none",
+            cure=f"install the CUDA {wanted} toolkit (conda install -c nvidia cuda-toolkit={wanted}, or NVIDIA's "
+            "packages) and set CUDA_HOME if it lies elsewhere",
+        )
+    version = nvcc_version(nvcc)
+    if version.partition(".")[0] != wanted.partition(".")[0]:
+        raise BuildError(
+            f"nvcc: expected CUDA {wanted.partition('.')[0]}, which torch {torch.__version__} is built for, got "
+            f"{version or 'no answer'} from {nvcc}",
+            cure=f"install the CUDA {wanted} toolkit and point CUDA_HOME to it, or a torch built for CUDA {version}",
+        )
+    return nvcc
+
+
+def archs_for(capabilities: Sequence[tuple[int, int]], known: Sequence[int]) -> list[str]:
+    """Targets of an nvcc that knows `known`, one per GPU: its own machine code, else the nearest older of the same
+    generation, which it runs too, else code for the driver to translate."""
+    archs = set()
+    for major, minor in capabilities:
+        wanted = 10 * major + minor
+        older = [arch for arch in known if arch <= wanted]
+        if not older:
+            raise BuildError(
+                f"nvcc: expected one that knows compute capability {major}.{minor} or an older one, got "
+                f"{', '.join(map(str, known)) or 'none'}",
+                cure="install another CUDA toolkit and point CUDA_HOME to it",
+            )
+        archs.add(f"sm_{older[-1]}" if older[-1] // 10 == major else f"compute_{older[-1]}")
+    return sorted(archs, key=lambda arch: (int(arch.partition("_")[2]), arch))
+
+
+def listed_archs(text: str) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", as targets of nvcc."""
+    archs = []
+    for word in re.split(r"[;\s]+", text.strip()):
+        found = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", word)
+        if found is None or (int(found[1]), int(found[2])) < CUDA_OLDEST:
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST: expected numbers of at least {_dotted(CUDA_OLDEST)}, such as "
+                f"'8.0;9.0+PTX', got {word!r}"
+            )
+        number = found[1] + found[2]
+        archs += [f"sm_{number}"] + ([f"compute_{number}"] if found[3] else [])
+    return archs
+
+
+def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a library of these targets runs on a GPU of this compute capability."""
+    for arch in archs:
+        kind, _, number = arch.partition("_")
+        made_for = divmod(int(number), 10)
+        if made_for <= capability and (kind == "compute" or made_for[0] == capability[0]):
+            return True
+    return False
+
+
+def find_prebuilt_cuda(capabilities: Sequence[tuple[int, int]], torch: str) -> tuple[Path | None, str]:
+    """As `find_prebuilt`, for CUDA kernels made at install time for TORCH_CUDA_ARCH_LIST."""
+    try:
+        parts = json.loads((prebuilt_dir() / "cuda" / "info.json").read_text())["parts"]
+        archs, made_for = [str(arch) for arch in parts["archs"]], str(parts["torch"])
+    except OSError:
+        return None, "none in this installation"
+    except (ValueError, KeyError, TypeError):
+        return None, "ignored: its info.json is unreadable"
+    unserved = [capability for capability in capabilities if not runs_on(archs, capability)]
+    if unserved:
+        return None, f"ignored: built for {', '.join(archs)}, not for compute capability {_dotted(unserved[0])}"
+    if made_for.partition("+")[2] != torch.partition("+")[2]:
+        return None, f"ignored: built for torch {made_for}, whose CUDA is not that of {torch}"
+    return find_prebuilt(describe_cuda(archs), torch)
+
+
+def survey_cuda() -> dict[str, Any]:
+    """What loading the CUDA kernels would do now, for the doctor: usable, or the problem and its cure."""
+    found: dict[str, Any] = {"usable": False, "problem": None, "cure": None, "archs": [], "key": None, "cached": False}
+    try:
+        torch = torch_version()
+        capabilities = [capability for _, capability in gpus()]
+        prebuilt, found["prebuilt"] = find_prebuilt_cuda(capabilities, torch)
+        if prebuilt is None:
+            found["archs"] = archs_for(capabilities, nvcc_archs(checked_nvcc()))
+            description, compiler = describe_cuda(found["archs"]), find_compiler()
+            found["key"] = cache_key(key_parts(description, torch, compiler_version(compiler or "")))
+            found["cached"] = (cache_dir() / found["key"] / description.library).is_file()
+            if compiler is None or find_ninja() is None:
+                raise BuildError("nvcc needs a C++ compiler and ninja", cure="named above")
+        found["usable"] = mode() in (None, "cuda")
+    except BuildError as error:
+        found["problem"], found["cure"] = error.cause, error.cure
+    return found
+
+
 # --- the cache ------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +560,8 @@ def key_parts(description: Description, torch: str, compiler: str, cpu: str | No
         "machine": platform.machine(),
         "system": platform.system(),
         "cpu": cpu_model() if cpu is None else cpu,
+        "archs": list(description.archs),
+        "nvcc": [*description.nvcc_flags, nvcc_version(find_nvcc())] if description.archs else [],
     }
 
 
@@ -451,6 +689,7 @@ def compile_and_load(description: Description, workspace: Path, compiler: str | 
     # No path of the building machine in the library, and none in the cache key.
     remap = () if "-g" in description.cflags else (f"-ffile-prefix-map={description.root}=csrc",)
     quiet = harmless_warnings(compiler, any(flag.startswith("-fsanitize") for flag in description.cflags))
+    nvcc = find_nvcc() if description.archs else None
     settings = {
         "PATH": os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(ninja).parent)]),
         "MAX_JOBS": str(max_jobs(len(description.sources))),
@@ -459,15 +698,16 @@ def compile_and_load(description: Description, workspace: Path, compiler: str | 
         "LD_PRELOAD": "",  # a sanitizer preloaded for this process has no business in the compiler
     }
     try:
-        with _environment(settings):
+        with _environment(settings), _cuda_home(cpp_extension, nvcc):
             cpp_extension.load(
                 description.name,
                 [str(path) for path in description.sources],
                 extra_cflags=[*description.cflags, *quiet, *remap],
+                extra_cuda_cflags=[*description.nvcc_flags, *host_compiler_of_nvcc(compiler)],
                 extra_ldflags=list(description.ldflags),
                 extra_include_paths=[str(path) for path in description.include_dirs],
                 build_directory=str(workspace),
-                with_cuda=False,
+                with_cuda=bool(description.archs),
                 is_python_module=False,
             )
     except Exception as error:
@@ -477,6 +717,25 @@ def compile_and_load(description: Description, workspace: Path, compiler: str | 
     if not made:
         raise BuildError(f"the build of {description.name} left no library behind")
     return made[0]
+
+
+def host_compiler_of_nvcc(compiler: str) -> list[str]:
+    """The same compiler for both kinds of sources, where it is a command without arguments; else nvcc's own choice."""
+    words = shlex.split(compiler)
+    return ["-ccbin", words[0]] if len(words) == 1 else []
+
+
+@contextlib.contextmanager
+def _cuda_home(cpp_extension: Any, nvcc: str | None) -> Iterator[None]:
+    """Let torch's recipe use this nvcc's toolkit: it looks for one when it is imported, and mistakes a script on PATH
+    for a toolkit's own nvcc."""
+    before = cpp_extension.CUDA_HOME
+    if nvcc is not None:
+        cpp_extension.CUDA_HOME = nvcc_home(nvcc)
+    try:
+        yield
+    finally:
+        cpp_extension.CUDA_HOME = before
 
 
 @contextlib.contextmanager
@@ -502,8 +761,10 @@ def _explain(description: Description, text: str) -> BuildError:
             f"sparse_backend could not compile {description.name}",
             command=command,
             output=said,
-            cure="install a C++20 compiler (g++ 11 or clang 14, or newer), or set SPARSE_BACKEND_BUILD=none to run "
-            "the plain-PyTorch reference",
+            cure="install a C++20 compiler (g++ 11 or clang 14, or newer), or set SPARSE_BACKEND_BUILD="
+            + (
+                "cpu to do without the CUDA kernels" if description.archs else "none to run the plain-PyTorch reference"
+            ),
         )
     return BuildError(
         f"sparse_backend could not build or load {description.name}",

@@ -1,12 +1,17 @@
 """Find the native kernels, load them at first use, and remember how that went.
 
 Nothing happens at import. The operators' schemas must be declared (`sparse_backend.ops`) before `load()` is called.
+The kernels for CUDA are a library of their own, loaded by the first `load()` after CUDA has been used in this process:
+who has a GPU and trains on the CPU waits for no nvcc.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sparse_backend import _build
@@ -15,6 +20,8 @@ from sparse_backend import _build
 _outcome: bool | None = None
 _failure: Exception | None = None  # what a strict mode raised: raised again, not tried again
 _details: dict[str, Any] = {}
+_cuda_details: dict[str, Any] = {}
+_cuda_waits = False  # whether CUDA kernels are still to be tried once CUDA is in use
 _lock = threading.Lock()
 
 
@@ -23,9 +30,11 @@ def load() -> bool:
 
     Where they cannot be had: with SPARSE_BACKEND_BUILD=cpu or cuda RuntimeError, else False after one warning.
     """
-    if _outcome is not None:
-        return _outcome
-    return _load_once()
+    if _outcome is None:
+        _load_once()
+    if _cuda_waits:
+        _load_cuda_if_used()
+    return bool(_outcome)
 
 
 def available() -> bool:
@@ -34,14 +43,15 @@ def available() -> bool:
 
 
 def status() -> dict[str, Any]:
-    """How loading went: state (not loaded, loaded, failed, disabled), origin (prebuilt, built, reference), isa, ..."""
+    """How loading went: state (not loaded, loaded, failed, disabled), origin (prebuilt, built, reference), isa, ...;
+    the same of the CUDA kernels under "cuda"."""
     names = ("mode", "origin", "isa", "path", "key", "reason")
     base = {"state": "not loaded", **dict.fromkeys(names)}
-    return {**base, **_details}
+    return {**base, **_details, "cuda": {**base, **_cuda_details}}
 
 
 def _load_once() -> bool:
-    global _outcome, _failure
+    global _outcome, _failure, _cuda_waits
     mode = _build.mode()
     if mode != "none":
         _build.choose_isa()  # a wrong SPARSE_BACKEND_ISA is an error in every mode
@@ -57,7 +67,9 @@ def _load_once() -> bool:
             _outcome = False
             return False
         try:
-            _details.update(state="loaded", mode=mode, **_acquire(mode))
+            if mode == "cuda":
+                _cuda_details.update(state="loaded", mode=mode, **_acquire_cuda())
+            _details.update(state="loaded", mode=mode, **_acquire(_build.describe(), _build.find_prebuilt))
             _outcome = True
         except Exception as error:
             _details.update(state="failed", mode=mode, origin="reference", reason=str(error))
@@ -69,23 +81,59 @@ def _load_once() -> bool:
                 f"are not available: {error}\n  SPARSE_BACKEND_BUILD=none chooses the reference without this warning"
             )
             _outcome = False
+        _cuda_waits = mode is None and _torch_has_cuda()
     if warning:
         warnings.warn(warning, RuntimeWarning, stacklevel=3)
     return bool(_outcome)
 
 
-def _acquire(mode: str | None) -> dict[str, Any]:
+def _torch_has_cuda() -> bool:
+    with contextlib.suppress(Exception):  # a broken torch has been told of already
+        import torch
+
+        return torch.version.cuda is not None
+    return False
+
+
+def _load_cuda_if_used() -> None:
+    """Load the CUDA kernels if this process has used CUDA. Where they cannot be had: one warning, and the reference."""
+    global _cuda_waits
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return
+    with _lock:
+        if not _cuda_waits:
+            return
+        _cuda_waits = False
+        try:
+            _cuda_details.update(state="loaded", **_acquire_cuda())
+            return
+        except Exception as error:
+            _cuda_details.update(state="failed", origin="reference", reason=str(error))
+            warning = (
+                "sparse_backend runs its plain-PyTorch reference for CUDA tensors, which is right but slow, because "
+                f"the CUDA kernels are not available: {error}\n  SPARSE_BACKEND_BUILD=cpu chooses this without the "
+                "warning"
+            )
+    warnings.warn(warning, RuntimeWarning, stacklevel=3)
+
+
+def _acquire_cuda() -> dict[str, Any]:
+    capabilities = [capability for _, capability in _build.gpus()]
+    prebuilt, reason = _build.find_prebuilt_cuda(capabilities, _build.torch_version())
+    archs: list[str] = []
+    if prebuilt is None:
+        archs = _build.archs_for(capabilities, _build.nvcc_archs(_build.checked_nvcc()))
+    return {"archs": archs, **_acquire(_build.describe_cuda(archs), lambda *_: (prebuilt, reason))}
+
+
+def _acquire(description: _build.Description, find_prebuilt: Callable[..., tuple[Path | None, str]]) -> dict[str, Any]:
     """Load a prebuilt, cached or freshly built library; say which."""
-    if mode == "cuda":
-        raise _build.BuildError(
-            "SPARSE_BACKEND_BUILD: expected none or cpu, got cuda, and this version has no CUDA kernels yet",
-            cure="unset SPARSE_BACKEND_BUILD or set it to cpu",
-        )
     torch_version = _build.torch_version()
     import torch
 
-    description = _build.describe()
-    prebuilt, prebuilt_reason = _build.find_prebuilt(description, torch_version)
+    prebuilt, prebuilt_reason = find_prebuilt(description, torch_version)
     if prebuilt is not None:
         try:
             torch.ops.load_library(str(prebuilt))
@@ -113,7 +161,8 @@ def _acquire(mode: str | None) -> dict[str, Any]:
 
 def _forget() -> None:
     """Back to "not tried", for tests. A loaded library stays loaded: torch cannot unload one."""
-    global _outcome, _failure
+    global _outcome, _failure, _cuda_waits
     with _lock:
-        _outcome, _failure = None, None
+        _outcome, _failure, _cuda_waits = None, None, False
         _details.clear()
+        _cuda_details.clear()

@@ -12,8 +12,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -45,7 +43,10 @@ found = {"version": str(torch.__version__), "git": torch.version.git_version, "b
          "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "gpus": []}
 try:
     if torch.cuda.is_available():
-        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        found["gpus"] = [
+            f"{torch.cuda.get_device_name(i)}, compute capability %d.%d" % torch.cuda.get_device_capability(i)
+            for i in range(torch.cuda.device_count())
+        ]
 except Exception as error:
     found["gpu_error"] = f"{type(error).__name__}: {error}"
 print(); print(json.dumps(found))
@@ -59,7 +60,9 @@ if sys.argv[2] == "build":
     import warnings
     warnings.simplefilter("ignore")
     try:
-        import sparse_backend.ops
+        import sparse_backend.ops.linear_leaky, torch
+        if torch.cuda.is_available():
+            torch.cuda.init()
         _native.load()
     except Exception as error:
         found["error"] = str(error)
@@ -68,6 +71,7 @@ try:
     found.update(_build.survey())
 except Exception as error:
     found["error"] = str(error)
+found["cuda"] = _build.survey_cuda()
 print(); print(json.dumps(found))
 """
 
@@ -140,24 +144,16 @@ def ninja() -> dict[str, Any] | None:
 
 
 def nvcc() -> dict[str, Any] | None:
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    path = os.pathsep.join([os.environ.get("PATH", ""), *(str(Path(home) / "bin") for home in homes if home)])
-    command = shutil.which("nvcc", path=path)
+    command = _build.find_nvcc()
     if command is None:
         return None
-    answer = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=30)
-    release = re.search(r"release ([\d.]+)", answer.stdout)
-    return {"command": command, "version": release[1] if release else ""}
+    archs = [f"sm_{arch}" for arch in _build.nvcc_archs(command) if arch >= 80]
+    return {"command": command, "version": _build.nvcc_version(command), "archs": archs}
 
 
 def gpu() -> list[str]:
     """GPUs as the driver names them; torch's own view is under "torch"."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    query = [command, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+    return _build.driver_gpus()
 
 
 def kernels(build: bool) -> dict[str, Any]:
@@ -227,8 +223,13 @@ def diagnose(report: dict[str, Any]) -> list[dict[str, Any]]:
         missing("the C++ sources are not in this installation", "reinstall sparse_backend", not have_library)
     if found.get("mode") == "none":
         missing("SPARSE_BACKEND_BUILD=none switches the kernels off", "unset SPARSE_BACKEND_BUILD", True)
-    if found.get("mode") == "cuda":
-        missing("SPARSE_BACKEND_BUILD=cuda, but there are no CUDA kernels yet", "set it to cpu, or unset it", True)
+    cuda = found.get("cuda") or {}
+    strict = found.get("mode") == "cuda"
+    if cuda.get("problem") and "error" not in torch and (strict or torch.get("gpus")):
+        missing(f"no CUDA kernels: {cuda['problem']}", cuda["cure"], strict)
+    of_cuda = (found.get("loading") or {}).get("cuda") or {}
+    if of_cuda.get("state") == "failed" and of_cuda["reason"] != cuda.get("problem"):
+        missing(f"the CUDA kernels could not be built: {of_cuda['reason']}", CURE_NAMED, strict)
     if "error" in found and "error" not in torch:
         missing(f"the kernels cannot be used: {found['error']}", CURE_NAMED, True)
     if isinstance(found.get("loading"), dict) and found["loading"]["state"] == "failed" and "error" not in found:
@@ -277,8 +278,12 @@ def render(report: dict[str, Any]) -> str:
             row(name, report["packages"].get(name), str, "not installed")
     for name in ("compiler", "ninja", "nvcc"):
         row(name, report[name], lambda v: f"{v['command']}: {v['version']}")
+    if isinstance(report["nvcc"], dict) and report["nvcc"].get("archs"):
+        rows.append(("", f"compiles for {', '.join(report['nvcc']['archs'])}"))
     row("gpu", report["gpu"], "; ".join, "none")
+    row("", report["torch"].get("gpus"), lambda v: f"torch sees {'; '.join(v)}", "torch sees none")
     row("kernels", report["kernels"], kernel_line)
+    row("cuda kernels", report["kernels"].get("cuda"), cuda_line)
     loading = report["kernels"].get("loading") or {}
     if loading.get("path"):
         rows.append(("", f"{loading['origin']}: {loading['path']} ({loading['reason']})"))
@@ -308,6 +313,15 @@ def kernel_line(found: dict[str, Any]) -> str:
     if found.get("cached"):
         return f"{found['isa']}, built, in the cache as {found['key']}"
     return f"{found.get('isa')}, not built yet: compiled at first use from {found.get('sources', 0)} sources"
+
+
+def cuda_line(found: dict[str, Any]) -> str:
+    if found.get("problem"):
+        return f"none: {found['problem']}"
+    if found.get("prebuilt") == "usable":
+        return "prebuilt, installed with the package"
+    archs = ", ".join(found["archs"])
+    return f"{archs}, " + (f"built, in the cache as {found['key']}" if found["cached"] else "compiled at first use")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sparse_backend.ops.leaky import NONE, SUBTRACT, ZERO
+from sparse_backend.ops.lif import VALUE
 
 RESETS = {"subtract": SUBTRACT, "zero": ZERO, "none": NONE}
 
@@ -23,3 +24,29 @@ class Leaky(NamedTuple):
     reset: int = SUBTRACT  #: SUBTRACT, ZERO or NONE
     reset_delay: bool = True  #: False: a second reset in the step of the spike, through which gradients flow
     graded: Tensor | None = None  #: [], what a spike is worth, where it is not 1
+
+
+LIF_RESETS = {"value": VALUE, "subtract": SUBTRACT, "none": NONE}
+
+
+class LIF(NamedTuple):
+    """Membrane v and synaptic current i; S[t] = H(u[t] - threshold). Norse's LIF and, without i, its LIFBox.
+
+    inflow = i + I;  u = v + mem_gain ((leak - v) + inflow);  i = syn_decay inflow;  v = u after the reset.
+    """
+
+    mem_gain: Tensor  #: [] or [N], as are all; the time step over the membrane's time constant
+    syn_decay: Tensor | None  #: decay of i per step; None: no synaptic current
+    leak: Tensor | None  #: None: nothing leaks, u = v + mem_gain inflow, Norse's IAF
+    threshold: Tensor
+    reset_to: Tensor  #: read by VALUE alone
+    reset: int = VALUE  #: VALUE (v = reset_to), SUBTRACT (v = u - threshold) or NONE
+    detached: bool = False  #: no gradient flows through the spike in the reset
+
+
+class LI(NamedTuple):
+    """The same without spikes: a leaky integrator. Norse's LI and, without i, its LIBox."""
+
+    mem_gain: Tensor  #: [] or [N], as are all
+    syn_decay: Tensor | None
+    leak: Tensor | None

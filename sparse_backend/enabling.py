@@ -35,8 +35,8 @@ class Tally:
     """What a layer has done, for `report`. Entries are samples times neurons, summed over steps."""
 
     __slots__ = (
-        "active", "counted", "dense_kept", "dense_steps", "entries", "framework_steps", "kept", "sparse_steps",
-        "spikes",
+        "active", "at_once", "counted", "dense_kept", "dense_steps", "entries", "framework_steps", "kept",
+        "sparse_steps", "spikes",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -46,6 +46,7 @@ class Tally:
         self.sparse_steps = self.dense_steps = self.framework_steps = self.entries = 0
         self.active = self.spikes = self.counted = 0  #: out of the `counted` entries; the dense regime looks at some
         self.kept = self.dense_kept = 0  #: bytes
+        self.at_once = 0  #: most steps that ran as one sequence
 
     def copy_from(self, other: Tally) -> None:
         for name in self.__slots__:

@@ -6,7 +6,7 @@ Everything above (functional API, adapters) comes through `run_leaky`; everythin
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,24 +85,26 @@ def _run_sparse(
         max_active,
     )
 
-    def forward(g: Tensor | None) -> LeakyOutput:
+    def arguments(g: Tensor | None) -> tuple[Any, ...]:
+        neuron_arguments = beta, threshold, mem, g
         if type(current) is DeferredCurrent:
             events, hub = current.events, current.hub
-            return LeakyOutput(*call_linear_leaky(
-                events.row_ptr, events.indices, events.values, events.handle, events.active_ptr,
-                events.active_indices, hub.weight, hub.bias, beta, threshold, mem, g, hub.token, hub.id,
-                steps, batch, *options,
-            ))  # fmt: skip
-        return LeakyOutput(*call_leaky(current.reshape(shape), beta, threshold, mem, g, *options))
+            return (
+                events.row_ptr, events.indices, events.values, events.handle, events.active_ptr, events.active_indices,
+                hub.weight, hub.bias, *neuron_arguments, hub.token, hub.id, steps, batch, *options,
+            )  # fmt: skip
+        return sequence, *neuron_arguments, *options
 
+    call = call_linear_leaky
+    if type(current) is not DeferredCurrent:
+        call, sequence = call_leaky, current.reshape(shape)
     if double_reset and recording:
-        # The reset's gradient runs through the surrogate inside the recursion, so the op must be given g.
-        with torch.no_grad():
-            x = forward(None).x
-        g = surrogate.derivative(spike_grad, x)
-        out = forward(torch.where(x.abs() < b_th, g, 0) if cover_spikes else g)
+        # The reset's gradient runs through the surrogate inside the recursion, so the backward must be given g.
+        out = LeakyOutput(*call.plain(*arguments(None)))
+        g = surrogate.derivative(spike_grad, out.x)
+        out = LeakyOutput(*call.attach(arguments(torch.where(out.x.abs() < b_th, g, 0) if cover_spikes else g), out))
     else:
-        out = forward(None)
+        out = LeakyOutput(*call(*arguments(None)))
     if out.active_ptr.numel() == 0:
         return None
     n_active, n_spikes = out.active_indices.shape[0], out.spike_indices.shape[0]
@@ -152,14 +154,14 @@ def _run_dense(
     tensor = (current.to_dense() if type(current) is DeferredCurrent else current).reshape(shape)
     reset_delay = reset_delay or reset == NONE
     g = None
+    options = (reset, reset_delay, b_th, keep_mem or not reset_delay)
     if not reset_delay and torch.is_grad_enabled():
-        with torch.no_grad():
-            x = call_leaky_dense(tensor, beta, threshold, mem, None, reset, reset_delay, b_th, False)[0]
-        g = surrogate.derivative(spike_grad, x)
-        g = g if math.isinf(b_th) else torch.where(x.abs() < b_th, g, 0)
-    x, mem_last, mem_seq = call_leaky_dense(
-        tensor, beta, threshold, mem, g, reset, reset_delay, b_th, keep_mem or not reset_delay
-    )
+        out = call_leaky_dense.plain(tensor, beta, threshold, mem, None, *options)
+        g = surrogate.derivative(spike_grad, out[0])
+        g = g if math.isinf(b_th) else torch.where(out[0].abs() < b_th, g, 0)
+        x, mem_last, mem_seq = call_leaky_dense.attach((tensor, beta, threshold, mem, g, *options), out)
+    else:
+        x, mem_last, mem_seq = call_leaky_dense(tensor, beta, threshold, mem, None, *options)
     spikes = spike_grad(x)
     if graded is not None:
         spikes = spikes * graded

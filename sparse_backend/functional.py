@@ -18,20 +18,39 @@ torch.Size([10, 30])
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sparse_backend import policy
-from sparse_backend.deferred import DeferredCurrent, WeightHub
+from sparse_backend.arguments import (
+    check_like,
+    check_reset,
+    check_state,
+    check_steps,
+    check_surrogate,
+    check_tensors,
+    given_current,
+    linear_current,
+    per_neuron,
+)
 from sparse_backend.dynamics import RESETS, Leaky
 from sparse_backend.events import EventTensor
 from sparse_backend.execute import run_leaky
-from sparse_backend.surrogate import SpikeGrad, inspect
+from sparse_backend.functional_lif import LIFSequence, LISequence, li, lif, linear_li, linear_lif
+from sparse_backend.surrogate import SpikeGrad
 
-__all__ = ["LeakySequence", "leaky", "linear_leaky"]
+__all__ = [
+    "LIFSequence",
+    "LISequence",
+    "LeakySequence",
+    "leaky",
+    "li",
+    "lif",
+    "linear_leaky",
+    "linear_li",
+    "linear_lif",
+]
 
 
 class LeakySequence(NamedTuple):
@@ -69,27 +88,8 @@ def linear_leaky(
     Raises ValueError or TypeError naming the argument, what was expected and what was given.
     Source: Perez-Nieves & Goodman 2021, equations 9-14; neuron as snntorch/_neurons/leaky.py.
     """
-    _check_tensors(x=x, weight=weight, bias=bias, mem=mem)
-    if x.dim() != 3:
-        raise ValueError(f"x: expected [T, B, M], got {list(x.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[2]:
-        raise ValueError(f"weight: expected [N, {x.shape[2]}] for x {list(x.shape)}, got {list(weight.shape)}")
-    neurons = weight.shape[0]
-    if bias is not None and bias.shape != (neurons,):
-        raise ValueError(f"bias: expected [{neurons}], got {list(bias.shape)}")
-    _check_like(weight, bias=bias)
-    if x.device != weight.device:
-        raise ValueError(f"x: expected on {weight.device} as weight, got {x.device}. Move it: x.to({weight.device})")
-    if type(x) is not EventTensor and x.is_floating_point() and x.dtype != weight.dtype:
-        raise TypeError(f"x: expected {weight.dtype} as weight, got {x.dtype}")
-    events = EventTensor.from_dense(x).to(weight.dtype)
-    finite = math.isfinite(float(weight.detach().sum()))  # else zeros of the input count too: 0 * inf
-    if events.density > policy.MAX_INPUT or not finite:
-        dense = events.to_dense() if type(x) is EventTensor else x.to(weight.dtype)
-        current: Any = torch.nn.functional.linear(dense, weight, bias)
-    else:
-        bias = None if bias is None else bias.contiguous()
-        current = DeferredCurrent(events, WeightHub(weight, bias, None, 0))
+    check_tensors(("mem",), mem=mem)
+    current = linear_current(x, weight, bias)
     return _leaky(current, weight, beta, threshold, spike_grad, b_th, mem, reset, reset_delay, graded, return_mem)
 
 
@@ -107,12 +107,8 @@ def leaky(
     return_mem: bool = False,
 ) -> LeakySequence:
     """Leaky neurons over a sequence of any currents [T, B, N]; arguments, results and errors as `linear_leaky`."""
-    _check_tensors(current=current, mem=mem)
-    if current.dim() != 3:
-        raise ValueError(f"current: expected [T, B, N], got {list(current.shape)}. Flatten what follows the batch")
-    current = current.to_dense() if type(current) is EventTensor else current.contiguous()
-    if current.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"current: expected float32 or float64, got {current.dtype}")
+    check_tensors(("mem",), mem=mem)
+    current = given_current(current)
     return _leaky(current, current, beta, threshold, spike_grad, b_th, mem, reset, reset_delay, graded, return_mem)
 
 
@@ -129,25 +125,18 @@ def _leaky(
     graded: float | Tensor | None,
     return_mem: bool,
 ) -> LeakySequence:
-    steps, batch, neurons = current.shape
-    if steps == 0:
-        raise ValueError(f"T: expected at least one step, got a sequence of shape {list(current.shape)}")
-    if reset not in RESETS:
-        raise ValueError(f"reset: expected one of {sorted(RESETS)}, got {reset!r}")
-    if mem is not None and mem.shape != (batch, neurons):
-        raise ValueError(f"mem: expected [{batch}, {neurons}], got {list(mem.shape)}")
-    beta, threshold = _per_neuron("beta", beta, like, neurons), _per_neuron("threshold", threshold, like, neurons)
+    steps, batch, neurons = check_steps(current)
+    code = check_reset(reset, RESETS)
+    check_state("mem", mem, batch, neurons)
+    beta, threshold = per_neuron("beta", beta, like, neurons), per_neuron("threshold", threshold, like, neurons)
     if graded is not None:
-        graded = _per_neuron("graded", graded, like, 1)
-    _check_like(like, beta=beta, threshold=threshold, mem=mem, graded=graded)
-    width = policy.resolve_b_th(policy.check_b_th(b_th), spike_grad)
-    problem = inspect(spike_grad).problem
-    if problem is not None:
-        raise ValueError(f"spike_grad: expected the step function with a fixed elementwise derivative, but {problem}")
+        graded = per_neuron("graded", graded, like, 1)
+    check_like(like, beta=beta, threshold=threshold, mem=mem, graded=graded)
+    width = check_surrogate(spike_grad, b_th)
     result = run_leaky(
         current,
         (steps, batch, neurons),
-        Leaky(beta, threshold, RESETS[reset], reset_delay, graded),
+        Leaky(beta, threshold, code, reset_delay, graded),
         mem,
         spike_grad,
         width,
@@ -157,34 +146,3 @@ def _leaky(
     mem_out = result.mem_seq if return_mem else result.mem_last
     assert mem_out is not None
     return LeakySequence(EventTensor.from_dense(result.spikes), mem_out)
-
-
-def _check_tensors(**tensors: Any) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "mem")):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-
-
-def _per_neuron(name: str, value: float | Tensor, like: Tensor, neurons: int) -> Tensor:
-    try:
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: expected a number or a tensor, got {value!r}") from None
-    if tensor.numel() == 1:
-        return tensor.reshape(())
-    if tensor.numel() != neurons or neurons == 1:
-        expected = "one entry" if neurons == 1 else f"one entry or {neurons}"
-        raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
-    return tensor.reshape(neurons).contiguous()
-
-
-def _check_like(like: Tensor, **others: Tensor | None) -> None:
-    if like.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"weight: expected float32 or float64, got {like.dtype}")
-    for name, other in others.items():
-        if other is None:
-            continue
-        if other.dtype != like.dtype:
-            raise TypeError(f"{name}: expected {like.dtype} as the other tensors, got {other.dtype}")
-        if other.device != like.device:
-            raise ValueError(f"{name}: expected on {like.device} as the other tensors, got {other.device}")

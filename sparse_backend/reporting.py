@@ -38,6 +38,7 @@ class LayerReport:
     kept_bytes: int
     dense_bytes: int
     steps: dict[str, int]  #: calls by path
+    at_once: int  #: most steps that ran as one sequence
 
 
 class Report:
@@ -50,14 +51,15 @@ class Report:
         return {"layers": [asdict(layer) for layer in self.layers], "note": self.note}
 
     def _cells(self) -> list[list[str]]:
-        head = ["layer", "path", "b_th", "active", "spikes", "kept", "dense", "why not faster"]
+        head = ["layer", "path", "at once", "b_th", "active", "spikes", "kept", "dense", "why not faster"]
         return [head, *([
-            layer.name or "(model)", _path(layer), _b_th(layer), _percent(layer.active), _percent(layer.spikes),
+            layer.name or "(model)", _path(layer), _steps(layer), _b_th(layer), _percent(layer.active),
+            _percent(layer.spikes),
             _bytes(layer.kept_bytes), _bytes(layer.dense_bytes), layer.reason or "",
         ] for layer in self.layers)]  # fmt: skip
 
     def __str__(self) -> str:
-        text = table(self._cells(), right={3, 4, 5, 6}) if self.layers else ""
+        text = table(self._cells(), right={2, 4, 5, 6, 7}) if self.layers else ""
         return "\n".join(filter(None, [text, self.note]))
 
     __repr__ = __str__
@@ -95,17 +97,19 @@ def _fusion(net: nn.Module) -> str | None:
     fusion = net.__dict__.get(enabling.STATE)
     if type(fusion) is not FusionState or not fusion.longest:
         return None
-    if fusion.longest > 1:
+    if fusion.longest > 1 and fusion.forced < 2:  # once: when all steps were there
         return f"Time fusion: up to {fusion.longest} steps ran as one sequence."
-    forced = f" {fusion.forced_by} needed a value before the loop ended." if fusion.forced_by else ""
-    return f"Time fusion: every step ran alone.{forced}"
+    what = f"up to {fusion.longest} steps ran as one sequence" if fusion.longest > 1 else "every step ran alone"
+    times = f" ({fusion.forced} times in the last forward)" if fusion.forced > 1 else ""
+    forced = f" {fusion.forced_by} needed a value before the loop ended{times}." if fusion.forced_by else ""
+    return f"Time fusion: {what}.{forced}"
 
 
 def _layer(name: str, module: nn.Module, adapter: Any, state: Any) -> LayerReport:
     kind = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}"
     if state is None:
         reason = adapter.why_not(module) or "not enabled"
-        return LayerReport(name, kind, "framework", reason, None, None, None, None, 0, 0, {})
+        return LayerReport(name, kind, "framework", reason, None, None, None, None, 0, 0, {}, 0)
     tally = state.tally
     reason = state.reason
     if reason is not None and state.path == "dense step" and state.b_th == "auto":
@@ -122,6 +126,7 @@ def _layer(name: str, module: nn.Module, adapter: Any, state: Any) -> LayerRepor
         kept_bytes=tally.kept,
         dense_bytes=tally.dense_kept,
         steps={"sparse": tally.sparse_steps, "dense": tally.dense_steps, "framework": tally.framework_steps},
+        at_once=tally.at_once,
     )
 
 
@@ -131,6 +136,10 @@ def _path(layer: LayerReport) -> str:
         return layer.path
     total = sum(taken.values())
     return ", ".join(f"{path} {100 * count / total:.0f} %" for path, count in taken.items())
+
+
+def _steps(layer: LayerReport) -> str:
+    return f"{layer.at_once} step{'s' if layer.at_once > 1 else ''}" if layer.at_once else "-"
 
 
 def _b_th(layer: LayerReport) -> str:

@@ -58,8 +58,6 @@ class TensorLike(Tensor):
     """Base of `EventTensor` and `DeferredCurrent`. Subclasses give `shape`, `dtype`, `device`, `learns` and
     `to_dense()`, which must return the same tensor every time."""
 
-    __slots__ = ()
-
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device

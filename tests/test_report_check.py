@@ -136,7 +136,7 @@ def test_the_table_names_every_layer():
     report = sparse_backend.report(net)
     assert isinstance(report, Report)
     head, rule, *rows = str(report).splitlines()
-    assert head.split() == ["layer", "path", "b_th", "active", "spikes", "kept", "dense", "why", "not", "faster"]
+    assert head.split() == ["layer", "path", "at", "once", "b_th", "active", "spikes", "kept", "dense", "why", "not", "faster"]
     assert set(rule) == {"-", " "}
     assert [row.split()[0] for row in rows[:3]] == ["neurons.0", "neurons.1", "other"]
     assert "framework" in rows[0] and "state_quant" in rows[0]

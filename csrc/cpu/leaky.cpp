@@ -6,52 +6,15 @@
 #include <tuple>
 
 #include "sparse_backend/events.h"
-#include "tensors.h"
+#include "sparse_backend/walks.h"
+#include "tasks.h"
 
 namespace sparse_backend {
 namespace {
 
-using torch::stable::parallel_for;
-
-constexpr int64_t kWeightColumns = 128;  // delta of a row in half the registers
-
 // ---- forward ----
 
 using LeakyResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-struct Lists {
-    Tensor row_ptr, indices;
-};
-
-// Joins the tasks' lists: rows in order, and within a row the blocks of columns in order. `more` lists run parallel.
-template <typename T, typename List>
-void join(const Tiling& tiling, int64_t steps, const int32_t* counts, const int32_t* row_ptr, List&& list_of, T* out) {
-    const int64_t n_rows = steps * tiling.batch;
-    parallel_for(0, tiling.tasks(), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const Block block = tiling.task(i);
-            const int64_t k = i / tiling.groups;
-            const T* from = list_of(i);
-            for (int64_t t = 0; t < steps; ++t) {
-                const int64_t first = t * tiling.batch + block.first_sample,
-                              last = t * tiling.batch + block.last_sample;
-                if (tiling.blocks == 1) {
-                    const int64_t n = row_ptr[last] - row_ptr[first];
-                    if (n > 0) std::memcpy(out + row_ptr[first], from, static_cast<size_t>(n) * sizeof(T));
-                    from += n;
-                    continue;
-                }
-                for (int64_t row = first; row < last; ++row) {
-                    int64_t at = row_ptr[row];
-                    for (int64_t other = 0; other < k; ++other) at += counts[other * n_rows + row];
-                    const int64_t n = counts[k * n_rows + row];
-                    if (n > 0) std::memcpy(out + at, from, static_cast<size_t>(n) * sizeof(T));
-                    from += n;
-                }
-            }
-        }
-    });
-}
 
 template <typename T>
 LeakyResult forward(LeakyForward<T>& a, const Tensor& like, const Tensor& beta, const Tensor& threshold,
@@ -96,27 +59,17 @@ LeakyResult forward(LeakyForward<T>& a, const Tensor& like, const Tensor& beta, 
                 empty_ints(like, 0), empty_ints(like, 0), empty_ints(like, 0), empty_ints(like, 0),
                 empty_ints(like, 0), empty(like, {0}),    empty(like, {0})};
 
-    const auto lists = [&](const Scratch<int32_t>& counts, int64_t list_steps, Growable<int32_t> Found<T>::* member) {
-        Lists out{empty_ints(like, list_steps * batch + 1), empty_ints(like, 0)};
-        int32_t* row_ptr = output<int32_t>(out.row_ptr);
-        auto* c = const_cast<Scratch<int32_t>&>(counts).get();
-        const int64_t n = prefix(c, tiling.blocks, list_steps * batch, row_ptr);
-        out.indices = empty_ints(like, n);
-        join<int32_t>(
-            tiling, list_steps, c, row_ptr, [&](int64_t i) { return (found[static_cast<size_t>(i)].*member).data(); },
-            output<int32_t>(out.indices));
-        return out;
+    const auto lists = [&](Scratch<int32_t>& counts, int64_t list_steps, Growable<int32_t> Found<T>::* member) {
+        return join_lists(like, tiling, list_steps, counts.get(),
+                          [&](int64_t i) { return (found[static_cast<size_t>(i)].*member).data(); });
     };
     const Lists spikes = lists(n_spikes, steps, &Found<T>::spikes);
     const Lists active = lists(n_active, steps, &Found<T>::active);
     const Lists resets = a.keep_reset ? lists(n_resets, reset_steps, &Found<T>::resets)
                                       : Lists{empty_ints(like, 0), empty_ints(like, 0)};
     const auto beside_active = [&](Growable<T> Found<T>::* member) {
-        Tensor out = empty(like, {active.indices.numel()});
-        join<T>(
-            tiling, steps, n_active.get(), output<int32_t>(active.row_ptr),
-            [&](int64_t i) { return (found[static_cast<size_t>(i)].*member).data(); }, output<T>(out));
-        return out;
+        return join_values<T>(like, tiling, steps, n_active.get(), active,
+                              [&](int64_t i) { return (found[static_cast<size_t>(i)].*member).data(); });
     };
     return {beside_active(&Found<T>::x),
             mem_last,
@@ -144,11 +97,6 @@ LeakyResult leaky(const Tensor& given, const Tensor& beta, const Tensor& thresho
         a.cover_spikes = cover_spikes, a.keep_reset = keep_reset, a.keep_p = keep_p;
         return forward<scalar_t>(a, current, beta, threshold, mem, keep_mem, max_active);
     });
-}
-
-template <typename T>
-std::vector<T> padded_bias(const MaybeTensor& bias, int64_t neurons) {
-    return bias.has_value() ? per_neuron<T>(*bias, neurons, T(0), "bias") : std::vector<T>();
 }
 
 LeakyResult linear_leaky(const Tensor& row_ptr, const Tensor& indices, MaybeTensor values, MaybeTensor, MaybeTensor,
@@ -204,29 +152,6 @@ struct Saved {
     }
 };
 
-// Sums per group of samples, added up in the order of the groups.
-template <typename T>
-class GroupSums {
-  public:
-    GroupSums(bool wanted, int64_t groups, int64_t neurons)
-        : wanted_(wanted), groups_(groups), width_(padded(neurons)), sums_(wanted ? groups * padded(neurons) : 0) {}
-    T* of(int64_t group) { return wanted_ ? sums_.get() + group * width_ : nullptr; }
-    Tensor total(const Tensor& like, int64_t neurons) {
-        Tensor out = empty(like, {wanted_ ? neurons : 0});
-        for (int64_t j = 0; wanted_ && j < neurons; ++j) {
-            T sum = T(0);
-            for (int64_t k = 0; k < groups_; ++k) sum += sums_.get()[k * width_ + j];
-            output<T>(out)[j] = sum;
-        }
-        return out;
-    }
-
-  private:
-    bool wanted_;
-    int64_t groups_, width_;
-    Scratch<T> sums_;
-};
-
 template <typename T>
 struct NeuronGrads {
     Tensor mem, beta, threshold;
@@ -248,8 +173,11 @@ NeuronGrads<T> walk_groups(const LeakyBackward<T>& a, const Tensor& like, T* del
     parallel_for(0, tiling.groups, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const Block group = tiling.task(i);
-            leaky_backward_group<T>(a, group.first_sample, group.last_sample, {beta_sums.of(i), threshold_sums.of(i)},
-                                    need_mem ? output<T>(grad_mem) : nullptr, delta, weight, wanted, grad_input);
+            const NeuronSums<T> sums{beta_sums.of(i), threshold_sums.of(i)};
+            rows_of_walk<T>(a.batch, a.neurons, group, kColumnsInCache, delta, weight, wanted, grad_input,
+                            [&](const Block& block, auto&& visit) {
+                                leaky_adjoint(a, block, sums, need_mem ? output<T>(grad_mem) : nullptr, visit);
+                            });
         }
     });
     return {grad_mem, beta_sums.total(like, a.neurons), threshold_sums.total(like, a.neurons)};
@@ -262,21 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> leaky_backward(
     MaybeTensor mem, const Tensor& beta, const Tensor& threshold, int64_t steps, int64_t batch, int64_t neurons,
     int64_t reset, bool reset_delay, bool need_mem, bool need_beta, bool need_threshold) {
     return SPARSE_BACKEND_DISPATCH(beta, "leaky_backward", [&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
-        Saved saved{grad_x,
-                    grad_mem_last,
-                    grad_mem_seq,
-                    x,
-                    g,
-                    spike_ptr,
-                    spike_indices,
-                    active_ptr,
-                    active_indices,
-                    reset_ptr,
-                    reset_indices,
-                    p,
-                    p_last,
-                    mem_seq,
-                    mem};
+        Saved saved = make<Saved>(grad_x, grad_mem_last, grad_mem_seq, x, g, spike_ptr, spike_indices, active_ptr,
+                                  active_indices, reset_ptr, reset_indices, p, p_last, mem_seq, mem);
         LeakyBackward<scalar_t> a = saved.view<scalar_t>(steps, batch, neurons, reset, reset_delay);
         const auto beta_padded = per_neuron<scalar_t>(beta, neurons, scalar_t(0), "beta");
         const auto threshold_padded = per_neuron<scalar_t>(threshold, neurons, scalar_t(0), "threshold");
@@ -287,72 +202,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> leaky_backward(
         return {delta, grads.mem, grads.beta, grads.threshold};
     });
 }
-
-// Tasks of a weight gradient: blocks of columns, and ranges of inputs as far as there are threads to feed. Every sum
-// belongs to one task and is added up in one order, so neither matters to the result.
-template <typename Run>
-void for_weight_tasks(const Tiling& tiling, int64_t inputs, int64_t events, Run&& run) {
-    const int64_t threads = events * tiling.neurons < kWorthAThread ? 1 : torch::stable::get_num_threads();
-    const int64_t ranges =
-        std::clamp<int64_t>((threads + tiling.blocks - 1) / tiling.blocks, 1, std::max<int64_t>(inputs, 1));
-    const int64_t per_range = (inputs + ranges - 1) / ranges;
-    parallel_for(0, tiling.blocks * ranges, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t range = i % ranges;
-            run(tiling.columns(i / ranges), range * per_range, std::min((range + 1) * per_range, inputs), range == 0);
-        }
-    });
-}
-
-// The sums of a weight gradient and their delivery as [N, M]. A row per input, [M, width] for each block of columns, or
-// a row per neuron, [N, padded(M)]. Blocks lie apart: cores must not share neighbouring cache lines.
-template <typename T>
-class WeightSums {
-  public:
-    WeightSums(bool need_weight, bool need_bias, int64_t inputs, const Tiling& tiling, bool row_per_input)
-        : inputs_(inputs),
-          tiling_(tiling),
-          row_per_input_(row_per_input),
-          need_weight_(need_weight),
-          need_bias_(need_bias),
-          weight_(!need_weight    ? 0
-                  : row_per_input ? tiling.blocks * inputs * tiling.width
-                                  : tiling.neurons * padded(inputs)),
-          bias_(need_bias ? padded(tiling.neurons) : 0) {}
-    int64_t stride() const { return row_per_input_ ? tiling_.width : padded(inputs_); }
-    // Where row 0 of all columns would begin, for the block that starts at `first_column`.
-    T* weight(int64_t first_column) {
-        if (!need_weight_) return nullptr;
-        return row_per_input_ ? weight_.get() + first_column * inputs_ - first_column : weight_.get();
-    }
-    T* bias() { return need_bias_ ? bias_.get() : nullptr; }
-    Tensor weight_grad(const Tensor& like) {
-        if (!need_weight_) return empty(like, {0});
-        const int64_t neurons = tiling_.neurons;
-        Tensor out = empty(like, {neurons, inputs_});
-        T* to = output<T>(out);
-        for (int64_t k = 0; row_per_input_ && k < tiling_.blocks; ++k) {
-            const int64_t first = k * tiling_.width, columns = std::min(tiling_.width, neurons - first);
-            if (columns > 0)
-                transpose<T>(weight(first) + first, inputs_, columns, stride(), 1, to + first * inputs_, inputs_);
-        }
-        for (int64_t j = 0; !row_per_input_ && inputs_ > 0 && j < neurons; ++j)
-            std::memcpy(to + j * inputs_, weight_.get() + j * stride(), static_cast<size_t>(inputs_) * sizeof(T));
-        return out;
-    }
-    Tensor bias_grad(const Tensor& like) {
-        Tensor out = empty(like, {need_bias_ ? tiling_.neurons : 0});
-        if (need_bias_ && tiling_.neurons > 0)
-            std::memcpy(output<T>(out), bias_.get(), static_cast<size_t>(tiling_.neurons) * sizeof(T));
-        return out;
-    }
-
-  private:
-    int64_t inputs_;
-    Tiling tiling_;
-    bool row_per_input_, need_weight_, need_bias_;
-    Scratch<T> weight_, bias_;
-};
 
 // The two exact formulas of the weight's gradient, docs/design.md; numbers as in sparse_backend/policy.py.
 enum WeightRule : int64_t { kByCounts = 0, kOverSpikes = 1, kOverActive = 2 };
@@ -386,21 +235,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_leaky_backward
     return SPARSE_BACKEND_DISPATCH(weight, "linear_leaky_backward", [&]() -> Grads {
         using T = scalar_t;
         const int64_t neurons = weight.size(0), inputs = weight.size(1);
-        Saved saved{grad_x,
-                    grad_mem_last,
-                    grad_mem_seq,
-                    x,
-                    g,
-                    spike_ptr,
-                    spike_indices,
-                    active_ptr,
-                    active_indices,
-                    reset_ptr,
-                    reset_indices,
-                    p,
-                    p_last,
-                    mem_seq,
-                    mem};
+        Saved saved = make<Saved>(grad_x, grad_mem_last, grad_mem_seq, x, g, spike_ptr, spike_indices, active_ptr,
+                                  active_indices, reset_ptr, reset_indices, p, p_last, mem_seq, mem);
         LeakyBackward<T> a = saved.view<T>(steps, batch, neurons, reset, reset_delay);
         const auto beta_padded = per_neuron<T>(beta, neurons, T(0), "beta");
         const auto threshold_padded = per_neuron<T>(threshold, neurons, T(0), "threshold");
@@ -436,12 +272,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_leaky_backward
                                                 sums.weight(0), sums.stride(), begin == 0 ? sums.bias() : nullptr);
             });
         } else if (need_weight || need_bias) {
-            for_weight_tasks(tiling, inputs, indices.numel(),
-                             [&](const Block& columns, int64_t first, int64_t last, bool leads) {
-                                 leaky_backward_weight<T>(a, tiling.group, columns, first, last, input,
-                                                          sums.weight(columns.first_column), sums.stride(),
-                                                          leads ? sums.bias() : nullptr);
+            for_weight_tasks(tiling, inputs, indices.numel(), [&](const Block& columns, const Share& share) {
+                const Outer<T> outer[] = {{input, share.of(inputs), sums.weight(columns.first_column), sums.stride()}};
+                sums_of_walk(a.batch, tiling.group, columns, outer, sums.bias(share),
+                             [&](const Block& block, auto&& visit) {
+                                 leaky_adjoint(a, block, NeuronSums<T>{}, static_cast<T*>(nullptr), visit);
                              });
+            });
         }
         return {grad_input, sums.weight_grad(weight), sums.bias_grad(weight), grads.mem, grads.beta, grads.threshold};
     });
@@ -497,11 +334,11 @@ std::tuple<Tensor, Tensor, Tensor> event_linear_backward(const Tensor& given, co
         WeightSums<T> sums(need_weight, need_bias, inputs, tiling, true);
         if (need_weight || need_bias) {
             const auto input = events<T>(row_ptr, indices, values);
-            for_weight_tasks(
-                tiling, inputs, indices.numel(), [&](const Block& columns, int64_t first, int64_t last, bool leads) {
-                    outer_rows<T>(d, n_rows, neurons, columns, first, last, input, sums.weight(columns.first_column),
-                                  sums.stride(), leads ? sums.bias() : nullptr);
-                });
+            for_weight_tasks(tiling, inputs, indices.numel(), [&](const Block& columns, const Share& share) {
+                const Span range = share.of(inputs);
+                outer_rows<T>(d, n_rows, neurons, columns, range.begin, range.end, input,
+                              sums.weight(columns.first_column), sums.stride(), sums.bias(share));
+            });
         }
         return {grad_input, sums.weight_grad(delta), sums.bias_grad(delta)};
     });
@@ -518,11 +355,12 @@ void outer_accumulate(Tensor weight_sum, Tensor bias_sum, const Tensor& given, c
         const auto input = events<scalar_t>(row_ptr, indices, values);
         // One block: the sums' rows lie whole, so only ranges of inputs keep the cores' cache lines apart.
         for_weight_tasks(Tiling(n_rows, neurons, std::numeric_limits<int32_t>::max()), inputs,
-                         input.row_ptr[n_rows] - input.row_ptr[0],
-                         [&](const Block& columns, int64_t first, int64_t last, bool leads) {
-                             outer_rows<scalar_t>(pointer<scalar_t>(delta, "delta"), n_rows, neurons, columns, first,
-                                                  last, input, output<scalar_t>(weight_sum), padded(neurons),
-                                                  leads ? output<scalar_t>(bias_sum) : nullptr);
+                         input.row_ptr[n_rows] - input.row_ptr[0], [&](const Block& columns, const Share& share) {
+                             const Span range = share.of(inputs);
+                             outer_rows<scalar_t>(pointer<scalar_t>(delta, "delta"), n_rows, neurons, columns,
+                                                  range.begin, range.end, input, output<scalar_t>(weight_sum),
+                                                  padded(neurons),
+                                                  share.index == 0 ? output<scalar_t>(bias_sum) : nullptr);
                          });
     });
 }

@@ -53,6 +53,10 @@ T* output(const Tensor& tensor) {
     return static_cast<T*>(tensor.data_ptr());
 }
 
+inline MaybeTensor contiguous(const MaybeTensor& tensor) {
+    return tensor.has_value() ? MaybeTensor(torch::stable::contiguous(*tensor)) : tensor;
+}
+
 inline Rows rows(const MaybeTensor& row_ptr, const MaybeTensor& indices) {
     return {pointer<int32_t>(row_ptr, "row_ptr"), pointer<int32_t>(indices, "indices")};
 }

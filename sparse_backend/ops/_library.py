@@ -7,7 +7,7 @@ registered for every device, and the compiled kernels, once loaded, take precede
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,6 +25,18 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+class Call(Protocol):
+    """How Python calls an op that has a backward."""
+
+    #: runs the op without autograd: (*args) -> result
+    plain: Callable[..., Any]
+    #: gives a `plain` result the backward it would have: (args, result) -> result. args may hold what was made of the
+    #: result meanwhile and what the backward alone reads, a surrogate's derivative
+    attach: Callable[[tuple[Any, ...], Any], Any]
+
+    def __call__(self, *args: Any) -> Any: ...
+
+
 def autograd(
     op: Any,
     setup_context: Callable[..., None],
@@ -32,7 +44,7 @@ def autograd(
     *,
     learns: tuple[int, ...],
     outputs: int = 1,
-) -> Callable[..., Any]:
+) -> Call:
     """Give `op` its backward, and return the way to call it from Python.
 
     learns: positions of the arguments that may require grad; outputs: how many of its results are differentiable, the
@@ -47,9 +59,10 @@ def autograd(
 
     class Backward(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, call: tuple[Any, tuple[Any, ...], list[Any]], *_: Any) -> Any:
-            keyset, args, results = call
-            result = below(keyset, args)
+        def forward(ctx: Any, call: tuple[Any, tuple[Any, ...], Any, list[Any]], *_: Any) -> Any:
+            keyset, args, result, results = call
+            if result is None:
+                result = below(keyset, args)
             seen = ctx.needs_input_grad
             needs = [False] * len(args)
             for position, need in zip(learns, seen[1:], strict=True):
@@ -83,20 +96,24 @@ def autograd(
                 return op(*args)
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    def run(keyset: Any, args: tuple[Any, ...]) -> Any:
+    def run(keyset: Any, args: tuple[Any, ...], result: Any = None) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             rest: list[Any] = []
-            result = Backward.apply((keyset, args, rest), *[args[position] for position in learns])
+            result = Backward.apply((keyset, args, result, rest), *[args[position] for position in learns])
             return (*result, *rest) if rest else result
-        return below(keyset, args)
+        return below(keyset, args) if result is None else result
 
     def direct(*args: Any) -> Any:
         return op(*args) if torch.compiler.is_compiling() else run(None, args)
 
+    call: Any = direct
+    call.plain = lambda *args: below(None, args)
+    call.attach = lambda args, result: run(None, args, result)
+
     library.impl(
         op.name().split("::")[1].split(".")[0], lambda keyset, *args: run(keyset, args), "Autograd", with_keyset=True
     )
-    return direct
+    return call  # type: ignore[no-any-return]
 
 
 def dynamic_size() -> Any:

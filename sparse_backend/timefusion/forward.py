@@ -24,6 +24,7 @@ class FusionState:
         self.skip, self.skip_next = 0, _SKIP_FIRST
         self.longest = 0  #: steps run as one sequence in the last recorded forward
         self.forced_by: str | None = None  #: the user's line that needed values before the forward ended
+        self.forced = 0  #: how often that happened
 
     tally = None
 
@@ -37,7 +38,7 @@ class FusionState:
         return type(self), ()
 
     def saw(self, into: Recording) -> None:
-        self.longest, self.forced_by = into.longest, into.forced_by
+        self.longest, self.forced_by, self.forced = into.longest, into.forced_by, into.forced
         if into.longest == 1:
             self.skip, self.skip_next = self.skip_next, min(2 * self.skip_next, _SKIP_MOST)
         else:

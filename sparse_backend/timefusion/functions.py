@@ -6,7 +6,11 @@ of one become one call; what is in none of them runs on values.
 
 from __future__ import annotations
 
+import dis
+import functools
+import sys
 from collections.abc import Callable, Sequence
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -72,8 +76,7 @@ _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
 #: writes to their first argument: the pure function whose result it then holds
 _IN_PLACE = {
-    Tensor.__iadd__: Tensor.add, Tensor.add_: Tensor.add, Tensor.__isub__: Tensor.sub, Tensor.sub_: Tensor.sub,
-    Tensor.__imul__: Tensor.mul, Tensor.mul_: Tensor.mul, Tensor.__itruediv__: Tensor.div, Tensor.div_: Tensor.div,
+    Tensor.add_: Tensor.add, Tensor.sub_: Tensor.sub, Tensor.mul_: Tensor.mul, Tensor.div_: Tensor.div,
     Tensor.clamp_: Tensor.clamp, Tensor.relu_: Tensor.relu, torch.relu_: torch.relu,
 }  # fmt: skip
 _WITH_INPLACE_FLAG = {F.relu, F.leaky_relu, F.elu, F.silu, F.selu, F.hardtanh, F.relu6, F.hardsigmoid, F.hardswish}
@@ -100,6 +103,11 @@ def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         if result is None:
             result = _record(into, function, args, kwargs)
         return NotImplemented if result is None else result
+    if function is Tensor.add_ and type(args[0]) is Tensor:
+        held_once = sys.getrefcount(args[0]) <= _HELD_ONCE
+        rebinds = held_once and len(args) == 2 and not kwargs and _is_plus_equals(sys._getframe(2))
+        total = _running_sum(into, *args) if rebinds and _is_whole(*args) else None
+        return NotImplemented if total is None else total
     if function in _IN_PLACE:
         return _written(into, _IN_PLACE[function], args[0], args, kwargs)
     if function is F.dropout:
@@ -108,6 +116,44 @@ def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         result = _batch_norm(into, *args, **kwargs)
         return NotImplemented if result is None else result
     return NotImplemented
+
+
+class _Probe(Tensor):
+    """Counts how often a tensor is held that one variable holds, where `tensor += probe` asks `__torch_function__`."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return sys.getrefcount(args[0])
+
+
+def _held_by_one_variable() -> int:
+    total: Any = torch.empty(0)
+    total += Tensor._make_subclass(_Probe, torch.empty(0))
+    return total
+
+
+_HELD_ONCE = _held_by_one_variable()
+
+
+@functools.cache
+def _plus_equals(code: CodeType) -> frozenset[int]:
+    """Where in a function's code a `+=` runs."""
+    return frozenset(
+        step.offset for step in dis.get_instructions(code) if step.opname == "INPLACE_ADD" or step.argrepr == "+="
+    )
+
+
+def _is_plus_equals(frame: FrameType) -> bool:
+    """Whether a frame is at a `+=`, which stores what it is given, and not at a call of `add_`."""
+    return frame.f_lasti in _plus_equals(frame.f_code)
+
+
+def _is_whole(total: Tensor, x: Any) -> bool:
+    """Whether `total += x` may make a new tensor instead of writing to `total`, which one variable holds: nobody else
+    sees its memory."""
+    storage = total.untyped_storage()
+    alone = torch._C._storage_Use_Count(storage._cdata) <= 2 and storage.resizable()  # 2: this one and the tensor's
+    return alone and not total.requires_grad and torch.promote_types(total.dtype, x.dtype) is total.dtype
 
 
 def _written(into: Recording, function: Any, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -172,7 +218,7 @@ def _running_sum(into: Recording, a: Any, b: Any) -> Placeholder | None:
             return None
         site: Any = a.ref[0].site if continues else SumSite(into)
         dtype, learns = torch.promote_types(a.spec.dtype, dtype), a.spec.learns or learns
-        start = take(a.ref)
+        start: Any = take(a.ref)
     elif isinstance(a, (int, float)) and not isinstance(a, bool):
         if isinstance(a, float) and not dtype.is_floating_point:
             return None
@@ -185,7 +231,7 @@ def _running_sum(into: Recording, a: Any, b: Any) -> Placeholder | None:
         return None
     if site.mode != into.mode():
         return None
-    site.outputs(shape, (dtype,), spec.device, learns)
+    site.outputs(spec.device, (shape, dtype, learns))
     into.sites[site] = site
     (total,) = site.add((into.input_ref(b),), (start,))
     return total
@@ -261,7 +307,7 @@ def _record(
         learns = torch.is_grad_enabled() and any(t.requires_grad if type(t) is not Placeholder else t.learns
                                                  for t in (*tensors, *fixed))  # fmt: skip
         learns = learns and dtype.is_floating_point and function not in (Tensor.detach, torch.detach)
-        site.outputs(shape, (dtype,), first.device, learns)
+        site.outputs(first.device, (shape, dtype, learns))
         if function in _IN_CHUNKS and folded is not None:
             size = dtype.itemsize * (first.shape.numel() + shape.numel())
             site.most, site.pulled = max(1, policy.CHUNK_BYTES // size), False

@@ -192,17 +192,13 @@ class Site:
         self.input_spec: Any = None  #: what the last call was given: the next one that is given the same
         self.state_specs: tuple[Any, ...] = ()  #: needs no other look
 
-    def outputs(self, shape: torch.Size, dtypes: Sequence[torch.dtype], device: torch.device, learns: bool) -> None:
-        """Say what calls from now on give, all of one shape."""
-        specs = self.specs
-        if (
-            len(specs) != len(dtypes)
-            or specs[0].learns is not learns
-            or specs[0].shape != shape
-            or specs[0].device != device
-            or any(spec.dtype is not dtype for spec, dtype in zip(specs, dtypes, strict=True))
+    def outputs(self, device: torch.device, *outputs: tuple[torch.Size, torch.dtype, bool]) -> None:
+        """Say what calls from now on give: shape, dtype, and whether gradients flow."""
+        if len(self.specs) != len(outputs) or any(
+            spec.shape != shape or spec.dtype is not dtype or spec.learns is not learns or spec.device != device
+            for spec, (shape, dtype, learns) in zip(self.specs, outputs, strict=True)
         ):
-            self.specs = tuple([Spec(self.recording, shape, dtype, device, learns) for dtype in dtypes])
+            self.specs = tuple([Spec(self.recording, shape, dtype, device, learns) for shape, dtype, learns in outputs])
 
     def add(self, inputs: tuple[Any, ...], states: tuple[Any, ...] = ()) -> list[Placeholder]:
         """Record one call; returns a placeholder for each output."""
@@ -250,7 +246,8 @@ class Recording:
         self.longest = 0  #: steps of the longest run so far
         self.holders: list[Any] = []  #: states of layers that know their last call's site
         self.put_back: dict[Any, Callable[[], None]] = {}  #: module that holds its own state -> gives it values
-        self.forced_by: str | None = None  #: the user's line that first needed a number before the forward ended
+        self.forced = 0  #: how often numbers were needed before the forward ended
+        self.forced_by: str | None = None  #: the user's line that first needed one
 
     def hold(self, state: Any, site: Site) -> None:
         """Let a layer's state know the site of its last call until the forward ends."""
@@ -315,8 +312,9 @@ class Recording:
         """Run everything recorded so far."""
         if not self.pending:
             return
-        if forced and self.forced_by is None:
-            self.forced_by = _users_line()
+        if forced:
+            self.forced += 1
+            self.forced_by = self.forced_by or _users_line()
         pending, self.pending = self.pending, []
         sites = {id(node.site): node.site for node in pending}.values()
         try:

@@ -140,15 +140,6 @@ void leaky_forward(const LeakyForward<T>& a, const Block& block, int32_t* n_spik
 
 // ---- the adjoint ----
 
-struct Span {
-    int64_t begin, end;
-};
-
-inline Span row_of(const Rows& rows, int64_t row) {
-    if (rows.row_ptr == nullptr) return {0, 0};
-    return {rows.row_ptr[row], rows.row_ptr[row + 1]};
-}
-
 // r[t] of sample b: with a delayed reset the spikes of the step before, at t = 0 what the initial membrane asked for.
 template <typename T>
 inline const int32_t* reset_row(const LeakyBackward<T>& a, int64_t t, int64_t b, Span& span) {
@@ -268,62 +259,6 @@ void leaky_adjoint(const LeakyBackward<T>& a, const Block& block, NeuronSums<T> 
         for (int64_t s = 0; s < samples; ++s)
             std::memcpy(grad_mem + (block.first_sample + s) * a.neurons + first, delta_scratch.get() + s * width,
                         static_cast<size_t>(columns) * sizeof(T));
-}
-
-// A block's share of the weights of some 800 inputs stays in a 1 MB cache.
-constexpr int64_t kColumnsInCache = 320;
-
-// One group of samples, all columns: delta out, gradients of the initial membrane, of beta and threshold (this group's
-// share), and of the input at the active entries of the layer below.
-template <typename T>
-void leaky_backward_group(const LeakyBackward<T>& a, int64_t first_sample, int64_t last_sample, NeuronSums<T> sums,
-                          T* grad_mem, T* delta_out, const Weight<T>& w, const Rows& wanted, T* grad_input) {
-    T* const out = grad_input == nullptr ? nullptr : grad_input - wanted.row_ptr[0];
-    for (int64_t column = 0; column < a.neurons; column += kColumnsInCache) {
-        const int64_t columns = a.neurons - column < kColumnsInCache ? a.neurons - column : kColumnsInCache;
-        const Block block{first_sample, last_sample, column, column + columns};
-        leaky_adjoint(a, block, sums, grad_mem, [&](int64_t t, int64_t b, const T* delta, bool nonzero) {
-            const int64_t row = t * a.batch + b;
-            if (delta_out != nullptr)
-                std::memcpy(delta_out + row * a.neurons + column, delta, static_cast<size_t>(columns) * sizeof(T));
-            if (out == nullptr) return;
-            const Span span = row_of(wanted, row);
-            for (int64_t e = span.begin; e < span.end; ++e) {
-                const T part = nonzero ? dot(w.data + wanted.indices[e] * w.stride + column, delta, columns) : T(0);
-                out[e] = column == 0 ? part : out[e] + part;
-            }
-        });
-    }
-}
-
-// Weight and bias gradients of a block of columns and a range of inputs, over all samples in a fixed order: no other
-// task touches these sums, so they do not depend on how many tasks or threads there are.
-template <typename T>
-void leaky_backward_weight(const LeakyBackward<T>& a, int64_t group, const Block& columns, int64_t first_input,
-                           int64_t last_input, const Events<T>& input, T* weight_sum, int64_t stride, T* bias_sum) {
-    using V = Vec<T>;
-    const int64_t vecs = (columns.last_column - columns.first_column + V::width - 1) / V::width;
-    Scratch<T> bias(bias_sum != nullptr ? vecs * V::width : 0);  // of its own: bias_sum is shared with other cores
-    for (int64_t b0 = 0; b0 < a.batch; b0 += group) {
-        const Block block{b0, b0 + group < a.batch ? b0 + group : a.batch, columns.first_column, columns.last_column};
-        leaky_adjoint(a, block, NeuronSums<T>{}, static_cast<T*>(nullptr),
-                      [&](int64_t t, int64_t b, const T* delta, bool nonzero) {
-                          if (!nonzero) return;
-                          const int64_t row = t * a.batch + b;
-                          if (bias_sum != nullptr)
-                              for (int64_t k = 0; k < vecs; ++k) {
-                                  T* to = bias.get() + k * V::width;
-                                  (V::load(to) + V::load(delta + k * V::width)).store(to);
-                              }
-                          if (weight_sum == nullptr) return;
-                          int64_t begin = input.row_ptr[row], end = input.row_ptr[row + 1];
-                          clip(input.indices, begin, end, first_input, last_input);
-                          add_outer(weight_sum + columns.first_column, stride, vecs, input.indices + begin,
-                                    input.values == nullptr ? nullptr : input.values + begin, end - begin, delta);
-                      });
-    }
-    for (int64_t j = columns.first_column; bias_sum != nullptr && j < columns.last_column; ++j)
-        bias_sum[j] = bias.get()[j - columns.first_column];
 }
 
 // The same gradient summed the other way round, over the active entries: sum of grad_x[t, b, j] trace[t, b], where

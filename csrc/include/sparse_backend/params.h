@@ -7,7 +7,7 @@
 
 namespace sparse_backend {
 
-enum Reset : int { kSubtract = 0, kZero = 1, kNone = 2 };
+enum Reset : int { kSubtract = 0, kZero = 1, kNone = 2, kValue = 3 };
 
 // Rows of a padded matrix are a multiple of this many entries: one AVX-512 register of floats.
 constexpr int64_t kPad = 16;
@@ -126,6 +126,75 @@ struct DenseBackward {
     T* grad_mem = nullptr;  // [B, N]
 
     bool double_reset() const { return !reset_delay && reset != kNone; }
+};
+
+// The two-state neuron. Coefficients are [padded(N)], their padding 0.
+template <typename T>
+struct LifForward {
+    int64_t steps, batch, neurons;
+    bool from_events;  // the current is computed from `input`, `weight` and `bias`, not given
+    Events<T> input;
+    Weight<T> weight;
+    const T* bias = nullptr;     // [padded(N)]
+    const T* current = nullptr;  // [T, B, N]
+    bool is_recurrent;
+    Weight<T> recurrent;  // a row per presynaptic neuron
+    const T* mem_gain;
+    const T* syn_decay = nullptr;  // null: no synaptic current
+    const T* leak;                 // zeros where nothing leaks
+    bool leaks;                    // else the membrane keeps what it has
+    const T* threshold;
+    const T* reset_to;
+    const T* v = nullptr;  // [B, N], leak if null
+    const T* i = nullptr;  // [B, N], zeros if null
+    int reset;
+    T b_th;
+    bool dense;           // x of every entry, and no lists
+    T* x = nullptr;       // [T, B, N] where dense
+    T* v_last;            // [B, N]
+    T* i_last = nullptr;  // [B, N], where there is a synaptic current, as i_seq
+    T* v_seq = nullptr;   // [T, B, N] where kept, as the rest
+    T* i_seq = nullptr;
+    T* drive = nullptr;
+    T* inflow = nullptr;
+};
+
+template <typename T>
+struct LifBackward {
+    int64_t steps, batch, neurons;
+    const T* grad_x = nullptr;       // [n_active], or [T, B, N] where dense
+    const T* grad_v_last = nullptr;  // [B, N]
+    const T* grad_i_last = nullptr;
+    const T* grad_v_seq = nullptr;  // [T, B, N]
+    const T* grad_i_seq = nullptr;
+    const T* x = nullptr;  // where grad_x is: a reset to a value that is not detached; where dense every reset and b_th
+    const T* g = nullptr;  // where grad_x is: a reset that is not detached, recurrence
+    Rows active, spikes;   // where not dense; spikes where resets are needed
+    const T* drive = nullptr;   // [T, B, N]
+    const T* inflow = nullptr;  // [T, B, N]
+    const T* mem_gain;
+    const T* keep;                 // 1 - mem_gain, or 1 where nothing leaks
+    const T* syn_decay = nullptr;  // null: no synaptic current
+    const T* threshold;
+    const T* reset_to;
+    bool is_recurrent;  // not where dense
+    Weight<T> recurrent;
+    const T* back = nullptr;  // [B, N] where dense, in a walk over one step: its delta times the recurrent weights
+    int reset;
+    bool attached;  // gradients run through the spike in the reset
+    T b_th;
+    bool dense;
+    T* through = nullptr;  // [n_active] out: gradient for x with what came through reset and recurrence
+};
+
+// What a walk of its adjoint adds up per neuron, where asked: pointers to [padded(N)] or null.
+template <typename T>
+struct LifSums {
+    T* mem_gain = nullptr;
+    T* syn_decay = nullptr;
+    T* leak = nullptr;
+    T* threshold = nullptr;
+    T* reset_to = nullptr;
 };
 
 }  // namespace sparse_backend

@@ -109,6 +109,15 @@ inline T dot(const T* a, const T* b, int64_t n) {
     return ((s0 + s1) + (s2 + s3)).sum();
 }
 
+struct Span {
+    int64_t begin, end;
+};
+
+inline Span row_of(const Rows& rows, int64_t row) {
+    if (rows.row_ptr == nullptr) return {0, 0};
+    return {rows.row_ptr[row], rows.row_ptr[row + 1]};
+}
+
 // The part of a row's entries whose index lies in [lo, hi): rows are short and sorted.
 inline void clip(const int32_t* index, int64_t& begin, int64_t& end, int64_t lo, int64_t hi) {
     while (begin < end && index[begin] < lo) ++begin;

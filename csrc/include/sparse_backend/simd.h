@@ -5,11 +5,31 @@
 #pragma once
 
 #include <cstdint>
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
 namespace sparse_backend {
+
+// While one lives, this thread takes numbers too small for a full mantissa as 0. A state left alone decays through
+// them, and each operation on one costs a hundred cycles. Does nothing where there is no SSE.
+class NoDenormals {
+  public:
+    NoDenormals() : before_(mode()) { set_mode(before_ | 0x8040); }
+    ~NoDenormals() { set_mode(before_); }
+    NoDenormals(const NoDenormals&) = delete;
+    NoDenormals& operator=(const NoDenormals&) = delete;
+
+  private:
+#if defined(__SSE2__)
+    static unsigned mode() { return _mm_getcsr(); }
+    static void set_mode(unsigned mode) { _mm_setcsr(mode); }
+#else
+    static unsigned mode() { return 0; }
+    static void set_mode(unsigned) {}
+#endif
+    unsigned before_;
+};
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 

@@ -1,0 +1,204 @@
+"""Norse under time fusion: calls of cells recorded, and a run of them executed as one sequence."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_backend import surrogate
+from sparse_backend.deferred import DeferredCurrent
+from sparse_backend.enabling import LayerState
+from sparse_backend.execute_lif import LIResult
+from sparse_backend.tensorlike import TensorLike
+from sparse_backend.timefusion.recorder import Placeholder, Recording, take
+from sparse_backend.timefusion.sites import NeuronSite
+
+from .for_norse_call import Call, OwnWeights, begins_as_norse, fitting, initial_state, shaped, why_not_recurrent
+from .for_norse_plan import Kind, Plan, make_plan, parts_of
+from .shared import record_linear
+
+
+def record(into: Recording, module: Any, layer: LayerState, kind: Kind, input_: Any, state: Any) -> Any:
+    """Record one call of an enabled cell; None where it has to be run now."""
+    current = input_
+    if kind.weighted:
+        if layer.weights is None:
+            layer.weights = OwnWeights()
+        current = record_linear(into, layer.weights.input, module.input_weights, None, input_)
+        if current is None:
+            return None
+    site = layer.site
+    if (
+        site is not None
+        and type(current) is Placeholder
+        and current.spec is site.input_spec
+        and type(state) is kind.state
+        and all([type(x) is Placeholder and x.spec is spec for x, spec in zip(state, site.state_specs, strict=True)])
+        and site.is_of(module)
+    ):  # the next call of the last one's layer with the next step of its input
+        ref = current.ref
+        ref[0].used |= 1 << ref[1]
+        outputs = site.add((ref,), tuple([take(x.ref) for x in state]))
+    else:
+        recorded = _record_first(into, module, layer, kind, current, state)
+        if recorded is None:
+            return None
+        outputs = recorded
+    return outputs[0], kind.state(*outputs) if len(outputs) == len(kind.state._fields) else kind.state(*outputs[1:])  # type: ignore[attr-defined]
+
+
+def _record_first(
+    into: Recording, module: Any, layer: LayerState, kind: Kind, current: Any, state: Any
+) -> list[Placeholder] | None:
+    """The same for a call that is not just one more of the last one's kind: it is looked at closely."""
+    if type(current) is Tensor:
+        if current.layout is not torch.strided or current.is_inference():
+            return None
+    elif type(current) is not Placeholder and type(current) is not DeferredCurrent:
+        return None
+    shape, dtype, device = current.shape, current.dtype, current.device
+    of_norse = state is None
+    if of_norse and not begins_as_norse(module):
+        return None
+    before = initial_state(module, current, False) if of_norse else state
+    if not kind.takes(before):
+        return None
+    states = []
+    for part in before:
+        if type(part) is Placeholder and part.shape == shape and part.dtype is dtype and part.device == device:
+            states.append(part)
+            continue
+        part = fitting(part, shape, dtype, device, of_norse=of_norse)
+        if part is None:
+            return None
+        states.append(part.clone() if part.is_inference() else part)
+    recurrent = module.recurrent_weights if kind.recurrent else None
+    if recurrent is not None and why_not_recurrent(recurrent, shape, current, in_time=True) is not None:
+        return None
+    known = shape, dtype, device, len(shape) == 2
+    parts = parts_of(module, kind)
+    plan: Plan | None = layer.plan
+    if plan is None or not plan.is_for(parts, *known):
+        plan = layer.plan = make_plan(layer, kind, parts, *known)
+    if plan.why_framework is not None:
+        return None
+
+    key = (id(module), id(plan), id(recurrent), into.mode())
+    site: Any = into.sites.get(key)
+    if site is None:
+        site = into.sites[key] = CellSite(into, module, layer, kind, plan, recurrent)
+    elif not site.queue:
+        site.read_again()
+    site.outputs(device, *_outputs(kind, plan, site, current, states))
+    starts = []
+    for part in states:
+        ref = into.state_ref(part)
+        if isinstance(ref, Tensor) and not isinstance(ref, TensorLike) and not of_norse:
+            into.watch(ref)
+        starts.append(ref)
+    ref = into.input_ref(current)
+    if type(current) is Tensor:
+        into.watch(current)
+    elif type(ref) is tuple and all([type(start) is tuple for start in starts]):
+        site.input_spec, site.state_specs = current.spec, tuple([part.spec for part in states])
+        into.hold(layer, site)
+    return site.add((ref,), tuple(starts))
+
+
+def _outputs(kind: Kind, plan: Plan, site: Any, current: Any, states: list[Any]) -> Any:
+    """Shape, dtype and whether gradients flow, of what one call gives: its output, and states that are not it."""
+    recording = torch.is_grad_enabled()
+    by_name = dict(zip(kind.state._fields, states, strict=True))  # type: ignore[attr-defined]
+    current_learns = recording and (_learns(current) or (kind.synaptic and _learns(by_name["i"])) or site.syn_learns)
+    learns = recording and (current_learns or site.learns or any(map(_learns, states)))
+    dtype = plan.dtype if plan.spike_grad is None else site.spike_dtype
+    outputs = [(plan.shape, dtype, learns)]
+    if kind.spikes:
+        outputs.append((plan.shape, plan.dtype, learns))
+    if kind.synaptic:
+        outputs.append((plan.shape, plan.dtype, learns if kind.recurrent else current_learns))
+    return outputs
+
+
+def _learns(x: Any) -> bool:
+    return x.learns if isinstance(x, TensorLike) else x.requires_grad
+
+
+class CellSite(NeuronSite):
+    """Calls of one cell. Outputs: what it returns, then v where that is not it, then i where there is one."""
+
+    def __init__(
+        self, into: Recording, module: Any, layer: LayerState, kind: Kind, plan: Plan, recurrent: Tensor | None
+    ) -> None:
+        parts = [part for part in plan.parts if isinstance(part, Tensor)]
+        super().__init__(
+            into,
+            functools.partial(_step, layer, kind, plan, recurrent),
+            functools.partial(_sequence, layer, kind, plan, recurrent),
+            parts if recurrent is None else [*parts, recurrent],
+        )
+        self.plan = plan  # keeps its id from being used again
+        self._p, self._dt, self._activation, self._recurrent = module.p, module.dt, plan.parts.step, recurrent
+        tau = plan.parts.tau_syn_inv
+        self.syn_learns = kind.recurrent or (isinstance(tau, Tensor) and tau.requires_grad)
+        self.learns = any(part.requires_grad for part in parts) or (recurrent is not None and recurrent.requires_grad)
+        if plan.spike_grad is not None:
+            self.spike_dtype = surrogate.spike_dtype(plan.spike_grad, torch.empty(0, dtype=plan.dtype))
+
+    def is_of(self, module: Any) -> bool:
+        """Whether a module is as it was. What is written into its parameters is seen when the recorded calls run."""
+        own = module.__dict__
+        return (
+            own["p"] is self._p
+            and own["dt"] is self._dt
+            and own.get("activation", self._activation) is self._activation
+            and (self._recurrent is None or module.recurrent_weights is self._recurrent)
+        )
+
+
+def _call(kind: Kind, plan: Plan, recurrent: Tensor | None, current: Any, steps: int | None, starts: Any) -> Call:
+    states = dict(zip(kind.state._fields, starts, strict=True))  # type: ignore[attr-defined]
+    states = {
+        name: x.to_dense() if isinstance(x, TensorLike) and name != "z" else x for name, x in states.items()
+    }  # fmt: skip
+    return Call(kind, plan, current, steps, states["v"], states.get("i"), states.get("z"), recurrent, True)
+
+
+def _step(layer: LayerState, kind: Kind, plan: Plan, recurrent: Tensor | None, current: Any, *starts: Any) -> Any:
+    """One call alone, with the settings it was recorded under."""
+    output, state = _call(kind, plan, recurrent, current, None, starts).run(layer)
+    return (output, *state) if len(state) < _n_outputs(kind) else state
+
+
+def _n_outputs(kind: Kind) -> int:
+    return 1 + kind.spikes + kind.synaptic
+
+
+def _sequence(
+    layer: LayerState, kind: Kind, plan: Plan, recurrent: Tensor | None, current: Any, starts: Any, keep: list[bool]
+) -> Any:
+    """All calls of a run: current [T, ...]. Sequences of all outputs, and the last of each state."""
+    steps, shape = current.shape[0], plan.shape
+    call = _call(kind, plan, recurrent, current, steps, starts)
+    result = call.run_engine(layer, any(keep))
+    if isinstance(result, LIResult):
+        sequences, last = [result.v_seq], [result.v_last]
+    else:
+        spikes = result.spikes
+        if spikes.shape != current.shape:
+            spikes = shaped(spikes.to_dense() if isinstance(spikes, TensorLike) else spikes, current.shape)
+        sequences, last = [spikes, result.v_seq], [None, result.v_last]
+    if kind.synaptic:
+        i_seq, i_last = result.i_seq, result.i_last
+        if not call.current_learns():
+            i_seq, i_last = None if i_seq is None else i_seq.detach(), None if i_last is None else i_last.detach()
+        sequences.append(i_seq)
+        last.append(i_last)
+    whole = torch.Size((steps, *shape))
+    sequences[1:] = [shaped(x, whole) for x in sequences[1:]]
+    if not kind.spikes:
+        sequences[0] = shaped(sequences[0], whole)
+    return sequences, [shaped(x, shape) for x in last]

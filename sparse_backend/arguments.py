@@ -1,0 +1,112 @@
+"""Checks of the arguments of the sequence functions, each an error naming the argument, what was expected and given."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_backend import policy
+from sparse_backend.deferred import DeferredCurrent, WeightHub
+from sparse_backend.events import EventTensor
+from sparse_backend.surrogate import SpikeGrad, inspect
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+def check_tensors(optional: tuple[str, ...] = (), **tensors: Any) -> None:
+    """Raise TypeError for what is not a tensor; those named in `optional` may be None."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in optional):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def check_like(like: Tensor, **others: Tensor | None) -> None:
+    """All float32 or float64 as `like`, and on its device."""
+    if like.dtype not in _FLOATS:
+        raise TypeError(f"weight: expected float32 or float64, got {like.dtype}")
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.dtype != like.dtype:
+            raise TypeError(f"{name}: expected {like.dtype} as the other tensors, got {other.dtype}")
+        if other.device != like.device:
+            raise ValueError(f"{name}: expected on {like.device} as the other tensors, got {other.device}")
+
+
+def check_state(name: str, state: Tensor | None, batch: int, neurons: int) -> None:
+    if state is not None and state.shape != (batch, neurons):
+        raise ValueError(f"{name}: expected [{batch}, {neurons}], got {list(state.shape)}")
+
+
+def check_reset(reset: Any, known: dict[str, int]) -> int:
+    if reset not in known:
+        raise ValueError(f"reset: expected one of {sorted(known)}, got {reset!r}")
+    return known[reset]
+
+
+def check_steps(current: Tensor) -> tuple[int, int, int]:
+    """The sizes of a sequence [T, B, N] of at least one step."""
+    if current.shape[0] == 0:
+        raise ValueError(f"T: expected at least one step, got a sequence of shape {list(current.shape)}")
+    steps, batch, neurons = current.shape
+    return steps, batch, neurons
+
+
+def check_surrogate(spike_grad: SpikeGrad, b_th: policy.BTh) -> float:
+    """b_th as a number, for a surrogate that may be evaluated on single entries."""
+    width = policy.resolve_b_th(policy.check_b_th(b_th), spike_grad)
+    problem = inspect(spike_grad).problem
+    if problem is not None:
+        raise ValueError(f"spike_grad: expected the step function with a fixed elementwise derivative, but {problem}")
+    return width
+
+
+def per_neuron(name: str, value: float | Tensor, like: Tensor, neurons: int) -> Tensor:
+    """A number or tensor as a tensor [] or [N]."""
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected a number or a tensor, got {value!r}") from None
+    if tensor.numel() == 1:
+        return tensor.reshape(())
+    if tensor.numel() != neurons or neurons == 1:
+        expected = "one entry" if neurons == 1 else f"one entry or {neurons}"
+        raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
+    return tensor.reshape(neurons).contiguous()
+
+
+def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | DeferredCurrent:
+    """The current x W^T + b of a sequence [T, B, M], deferred where x is sparse enough."""
+    check_tensors(("bias",), x=x, weight=weight, bias=bias)
+    if x.dim() != 3:
+        raise ValueError(f"x: expected [T, B, M], got {list(x.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[2]:
+        raise ValueError(f"weight: expected [N, {x.shape[2]}] for x {list(x.shape)}, got {list(weight.shape)}")
+    neurons = weight.shape[0]
+    if bias is not None and bias.shape != (neurons,):
+        raise ValueError(f"bias: expected [{neurons}], got {list(bias.shape)}")
+    check_like(weight, bias=bias)
+    if x.device != weight.device:
+        raise ValueError(f"x: expected on {weight.device} as weight, got {x.device}. Move it: x.to({weight.device})")
+    if type(x) is not EventTensor and x.is_floating_point() and x.dtype != weight.dtype:
+        raise TypeError(f"x: expected {weight.dtype} as weight, got {x.dtype}")
+    events = EventTensor.from_dense(x).to(weight.dtype)
+    finite = math.isfinite(float(weight.detach().sum()))  # else zeros of the input count too: 0 * inf
+    if events.density > policy.MAX_INPUT or not finite:
+        dense = events.to_dense() if type(x) is EventTensor else x.to(weight.dtype)
+        return torch.nn.functional.linear(dense, weight, bias)
+    return DeferredCurrent(events, WeightHub(weight, None if bias is None else bias.contiguous(), None, 0))
+
+
+def given_current(current: Any) -> Tensor:
+    """A current [T, B, N] as a contiguous tensor."""
+    check_tensors(current=current)
+    if current.dim() != 3:
+        raise ValueError(f"current: expected [T, B, N], got {list(current.shape)}. Flatten what follows the batch")
+    current = current.to_dense() if type(current) is EventTensor else current.contiguous()
+    if current.dtype not in _FLOATS:
+        raise TypeError(f"current: expected float32 or float64, got {current.dtype}")
+    return current  # type: ignore[no-any-return]

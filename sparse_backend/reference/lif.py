@@ -1,0 +1,180 @@
+"""The two-state neuron over a sequence in plain PyTorch: the specification of `ops/lif.py`.
+
+    inflow[t] = i[t-1] + I[t]                       i[t] = syn_decay inflow[t]
+    drive[t]  = (leak - v[t-1]) + inflow[t]         u[t] = v[t-1] + mem_gain drive[t]
+    S[t]      = H(u[t] - threshold)                 v[t] = u[t] after the reset
+
+Everything is dense here and compressed at the end; the kernels never make the dense tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_backend.reference.events import compress, gather, scatter
+from sparse_backend.reference.leaky import NONE, SUBTRACT
+
+VALUE = 3  #: v = reset_to after a spike
+
+#: what `lif_backward` can be asked for beside delta: bit k of its `needs` asks for the k-th of these
+NEEDS = ("v", "i", "mem_gain", "syn_decay", "leak", "threshold", "reset_to", "recurrent")
+
+
+def lif(
+    current: Tensor,  # [T, B, N]
+    mem_gain: Tensor,  # [] or [N], as are the other coefficients
+    syn_decay: Tensor | None,  # None: no synaptic current, i = 0 after every step
+    leak: Tensor | None,  # None: nothing leaks, drive = inflow
+    threshold: Tensor,
+    reset_to: Tensor,
+    v: Tensor | None,  # [B, N], leak or zeros if None
+    i: Tensor | None,  # [B, N], zeros if None
+    recurrent: Tensor | None,  # [N, N], from the spikes of the step before
+    g: Tensor | None,  # surrogate derivative where x is; only its backward needs it
+    reset: int,
+    detached: bool,
+    b_th: float,
+    dense: bool,
+    keep_states: bool,
+    keep_drive: bool,
+    keep_inflow: bool,
+    max_active: float,
+) -> tuple[Tensor, ...]:
+    """Returns x, v_last, i_last, v_seq, i_seq, spike_ptr, spike_indices, active_ptr, active_indices, drive, inflow;
+    what was not asked for is empty. See `ops.lif.LIFOutput`."""
+    steps, batch, neurons = current.shape
+    if v is None:
+        v = current.new_zeros(batch, neurons) if leak is None else leak.expand(batch, neurons)
+    i = current.new_zeros(batch, neurons) if i is None else i
+    spikes = current.new_zeros(batch, neurons)
+    sequences: tuple[list[Tensor], ...] = ([], [], [], [], [])
+    for t in range(steps):
+        inflow = i + current[t]
+        if recurrent is not None:
+            inflow = inflow + spikes @ recurrent.t()
+        drive = inflow if leak is None else (leak - v) + inflow
+        v = v + mem_gain * drive
+        x = v - threshold
+        spikes = (x > 0).to(v.dtype)
+        if reset != NONE:
+            v = (1 - spikes) * v + spikes * (reset_to if reset == VALUE else x)
+        i = torch.zeros_like(inflow) if syn_decay is None else syn_decay * inflow
+        for sequence, part in zip(sequences, (x, v, i, drive, inflow), strict=True):
+            sequence.append(part)
+    xs, vs, currents, drives, inflows = sequences
+
+    def empty(dtype: torch.dtype = current.dtype) -> Tensor:
+        return current.new_empty(0, dtype=dtype)
+
+    def kept(sequence: list[Tensor], wanted: bool) -> Tensor:
+        if not wanted:
+            return empty()
+        return torch.stack(sequence) if sequence else current.new_empty(0, batch, neurons)
+
+    x = kept(xs, True)
+    lists = [empty(torch.int32) for _ in range(4)]
+    flat = x.reshape(steps * batch, neurons)
+    if not dense or recurrent is not None:
+        lists[:2] = compress(flat > 0)
+    if not dense:
+        lists[2:] = compress(~(flat.abs() >= b_th))
+        x = gather(flat, *lists[2:])
+        if x.numel() > max_active * flat.numel():
+            return (*(empty() for _ in range(5)), *(empty(torch.int32) for _ in range(4)), empty(), empty())
+    synaptic = syn_decay is not None
+    return (
+        x,
+        v.clone(),
+        i.clone() if synaptic else empty(),
+        kept(vs, keep_states),
+        kept(currents, keep_states and synaptic),
+        *lists,
+        kept(drives, keep_drive),
+        kept(inflows, keep_inflow),
+    )
+
+
+def lif_backward(
+    grad_x: Tensor | None,  # where x is: epsilon * g
+    grad_v_last: Tensor | None,  # [B, N]
+    grad_i_last: Tensor | None,
+    grad_v_seq: Tensor | None,  # [T, B, N]
+    grad_i_seq: Tensor | None,
+    x: Tensor | None,
+    g: Tensor | None,
+    spike_ptr: Tensor | None,
+    spike_indices: Tensor | None,
+    active_ptr: Tensor | None,
+    active_indices: Tensor | None,
+    drive: Tensor | None,  # [T, B, N], where mem_gain learns
+    inflow: Tensor | None,  # [T, B, N], where syn_decay learns
+    mem_gain: Tensor,
+    syn_decay: Tensor | None,
+    threshold: Tensor,
+    reset_to: Tensor,
+    recurrent: Tensor | None,
+    steps: int,
+    batch: int,
+    neurons: int,
+    leaks: bool,
+    reset: int,
+    detached: bool,
+    b_th: float,
+    dense: bool,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    """Returns delta [T, B, N] and the gradients of `NEEDS`: v, i [B, N], coefficients [N], recurrent [N, N]; empty
+    where not needed. Where `dense`, x and the gradients for it are [T, B, N] and count where |x| < b_th."""
+    shape = (steps, batch, neurons)
+    zero = mem_gain.new_zeros(())
+
+    def spread(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        if dense:
+            return values if x is None else torch.where(x.abs() >= b_th, zero, values)
+        assert active_ptr is not None and active_indices is not None
+        return scatter(active_ptr, active_indices, values, neurons, mem_gain.dtype).view(shape)
+
+    spikes = mem_gain.new_zeros(shape)
+    if spike_ptr is not None and spike_indices is not None:
+        spikes = scatter(spike_ptr, spike_indices, None, neurons, mem_gain.dtype).view(shape)
+    elif dense and x is not None:
+        spikes = (x > 0).to(mem_gain.dtype)
+    eps_g, g, jump = spread(grad_x), spread(g), -threshold
+    if reset == VALUE:
+        at = spread(x)
+        jump = reset_to - (threshold if at is None else at + threshold)
+    attached = not detached and reset != NONE
+    delta = mem_gain.new_zeros(shape)
+    grads = {name: mem_gain.new_zeros(neurons) for name in NEEDS}
+    of_v = mem_gain.new_zeros(batch, neurons) if grad_v_last is None else grad_v_last
+    of_i = mem_gain.new_zeros(batch, neurons) if grad_i_last is None else grad_i_last
+    for t in reversed(range(steps)):
+        lv = of_v if grad_v_seq is None else of_v + grad_v_seq[t]
+        li = of_i if grad_i_seq is None else of_i + grad_i_seq[t]
+        through = torch.zeros_like(lv) if eps_g is None else eps_g[t]
+        if recurrent is not None and g is not None and t + 1 < steps:
+            through = through + delta[t + 1] @ recurrent * g[t]
+        if attached and g is not None:
+            through = through + lv * (jump[t] if jump.dim() == 3 else jump) * g[t]
+        of_u = through + (lv * (1 - spikes[t]) if reset == VALUE else lv)
+        grads["threshold"] -= through.sum(0)
+        if reset == SUBTRACT:
+            grads["threshold"] -= (lv * spikes[t]).sum(0)
+        if reset == VALUE:
+            grads["reset_to"] += (lv * spikes[t]).sum(0)
+        if drive is not None:
+            grads["mem_gain"] += (of_u * drive[t]).sum(0)
+        if inflow is not None:
+            grads["syn_decay"] += (li * inflow[t]).sum(0)
+        through_u = mem_gain * of_u
+        grads["leak"] += through_u.sum(0)
+        delta[t] = through_u if syn_decay is None else through_u + syn_decay * li
+        of_v, of_i = (1 - mem_gain) * of_u if leaks else of_u, delta[t]
+    grads["v"], grads["i"] = of_v.clone(), of_i.clone()
+    grads["recurrent"] = mem_gain.new_zeros(neurons, neurons)
+    if steps > 1:
+        grads["recurrent"] = torch.einsum("tbi,tbj->ij", delta[1:], spikes[:-1])
+    return delta, *(grads[name] if needs >> k & 1 else zero.new_empty(0) for k, name in enumerate(NEEDS))
