@@ -6,6 +6,7 @@
 #   make docs      build the documentation, warnings are errors
 #   make doctest   run the examples in docstrings and documents
 #   make asan      the kernel tests under the address sanitizer
+#   make gpu-test  the CUDA kernels on this machine's GPU; uses $(PYTHON) and what it has, makes no environment
 #   make format    format Python and C++
 #   make clean     remove what the above made, .venv included
 
@@ -22,7 +23,7 @@ BENCH_ARGS ?=
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test demo bench docs doctest asan format format-check clean
+.PHONY: help venv lint test demo bench docs doctest asan gpu-test format format-check clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/  \1/p' Makefile
@@ -72,6 +73,23 @@ asan: venv
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 SPARSE_BACKEND_SANITIZE=address SPARSE_BACKEND_DEBUG=1 SPARSE_BACKEND_BUILD=cpu \
 	  $(BIN)/python -m pytest -p no:cacheprovider -p no:faulthandler --capture=sys -m "kernels and not slow" $(PYTEST_ARGS)
+
+# Needs a GPU, a CUDA build of torch, nvcc, ninja, pytest and hypothesis in $(PYTHON): often that of a container. Under
+# the sanitizer every tensor is an allocation of its own, so that a step outside one is seen; hypothesis draws the same
+# cases there, of which a kernel that errs fails the first.
+GPU := PYTHONPATH=$(CURDIR) CUBLAS_WORKSPACE_CONFIG=:4096:8 SPARSE_BACKEND_BUILD=cuda
+GPU_PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
+SANITIZER := compute-sanitizer --error-exitcode 3 --launch-timeout 0
+gpu-test:
+	$(GPU) $(PYTHON) -m sparse_backend doctor --build
+	$(GPU) $(GPU_PYTEST) tests/test_cuda_device*.py tests/test_cuda_compile.py tests/test_cuda_build.py $(PYTEST_ARGS)
+	@if ! command -v compute-sanitizer >/dev/null; then \
+	  echo "SKIPPED: compute-sanitizer is not on this machine; the CUDA toolkit has it"; \
+	else set -e; for tool in memcheck racecheck; do \
+	  echo "compute-sanitizer --tool $$tool"; \
+	  $(GPU) PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool \
+	    $(GPU_PYTEST) -q tests/test_cuda_device_*ops.py -k "twin or events or ties or finite" $(PYTEST_ARGS); \
+	done; fi
 
 format: venv
 	$(BIN)/ruff check --fix .

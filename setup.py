@@ -2,7 +2,8 @@
 
 Installing needs no torch and no compiler: then the kernels are compiled at first use. With `--no-build-isolation`,
 where torch is importable, they are compiled now, by the same code and from the same description, once for every
-instruction set of this kind of machine: the CPU they will run on chooses when it loads them.
+instruction set of this kind of machine: the CPU they will run on chooses when it loads them. With TORCH_CUDA_ARCH_LIST
+and a CUDA build of torch, so are the CUDA kernels, in one library for all that the list names.
 """
 
 import importlib.util
@@ -39,6 +40,9 @@ class BuildNative(build_ext):
         try:
             for isa in build.machine_isas():
                 self._compile(build.describe(ROOT / "csrc", isa))
+            if archs := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+                build.checked_nvcc()
+                self._compile(build.describe_cuda(build.listed_archs(archs), ROOT / "csrc"))
         except build.BuildError as error:
             if build.mode() is not None:
                 raise

@@ -122,12 +122,12 @@ class Call(NamedTuple):
         current, neurons = self.current, self.plan.flat[1]
         if type(current) is DeferredCurrent and current.is_deferred and current.shape[-1] == neurons:
             if self.steps is not None:
-                return of_all_steps(current)
-            if not self.kind.weighted:
+                current = of_all_steps(current)
+            elif not self.kind.weighted:
                 if layer.weights is None:
                     layer.weights = WeightCache()
                 current.adopt(layer.weights)
-            if current.is_deferred:
+            if type(current) is DeferredCurrent and current.is_deferred:
                 if self.begins:
                     current.hub = current.hub.verified()
                 else:

@@ -93,13 +93,19 @@ def goes_dense(layer: LayerState) -> bool:
     return True
 
 
-def of_all_steps(current: DeferredCurrent) -> DeferredCurrent:
+def of_all_steps(current: DeferredCurrent) -> DeferredCurrent | Tensor:
     """The same current for an op that runs all steps at once: its weight takes part in autograd itself, without the
-    token that gathers over calls. Unchanged where the weight is not what it was any more."""
-    cache = current.hub.cache
-    if cache is None or cache.weight is None or cache.hub(cache.weight, cache.bias) is not current.hub:
+    token that gathers over calls. Unchanged where the weight is not what it was any more; a tensor where it is not
+    finite, whose products with zeros count too."""
+    hub, cache = current.hub, current.hub.cache
+    if cache is not None:
+        if cache.weight is None or cache.hub(cache.weight, cache.bias) is not hub:
+            return current
+        return DeferredCurrent(current.events, WeightHub(cache.weight, cache.bias, None, 0))
+    sums = [float(part.detach().sum()) for part in (hub.weight, hub.bias) if part is not None]
+    if all(map(math.isfinite, sums)):
         return current
-    return DeferredCurrent(current.events, WeightHub(cache.weight, cache.bias, None, 0))
+    return torch.nn.functional.linear(current.events.to_dense(), hub.weight, hub.bias)
 
 
 class LinearState:
@@ -199,6 +205,15 @@ def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) 
     return torch.nn.functional.linear(input, weight, bias)
 
 
+def batch_norm_forward(module: Any, input: Any) -> Any:
+    """An enabled batch norm's forward: torch's own, behind recorded calls that write the same running statistics."""
+    if not torch.compiler.is_compiling() and type(input) is not Placeholder:
+        into = recorder.enclosing()
+        if into is not None and into.has_queued_writes(module.running_mean, module.running_var):
+            into.flush(forced=True)
+    return own_forward(module)(module, input)
+
+
 def record_linear(
     into: Recording, state: LinearState, weight: Tensor, bias: Tensor | None, input: Any
 ) -> Placeholder | None:
@@ -214,7 +229,10 @@ def record_linear(
                 ref = input.ref
                 ref[0].used |= 1 << ref[1]
                 return site.add((ref,))[0]
-        elif type(input) is Tensor and input._base is site.sliced and input.shape == site.slice_shape:
+        elif type(input) is Tensor:
+            if input._base is site.sliced and input.shape == site.slice_shape:
+                return site.add((input,))[0]
+        elif type(input) is EventTensor and input.origin is site.sliced and input.is_events:
             return site.add((input,))[0]
     kind = type(input)
     if kind is not Placeholder:
@@ -249,6 +267,8 @@ def record_linear(
     if kind is Tensor:
         into.watch(input)  # and with it, since they share their version, all slices of what it was cut from
         site.sliced, site.slice_shape = input._base, shape
+    elif kind is EventTensor and input.origin is not None:
+        site.sliced = input.origin
     elif kind is Placeholder and not input._dense_only:
         site.input_spec = input.spec
     return site.add((ref,))[0]

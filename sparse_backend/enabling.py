@@ -27,6 +27,8 @@ from sparse_backend.timefusion.forward import FusionState, fused_forward
 #: root package of a framework's classes -> its adapter
 _ADAPTERS = {"snntorch": "for_snntorch", "norse": "for_norse"}
 
+_BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
+
 STATE = "_sparse_backend"
 _OVERRIDES = ("forward", "_replicate_for_data_parallel", STATE)
 
@@ -164,19 +166,21 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
             continue
         adapter.prepare_to_trace(module, state)
         changed.append((name, module, adapter))
-    shared = importlib.import_module("sparse_backend.adapters.shared")
-    for module in net.modules():
-        if STATE not in module.__dict__:
-            if type(module) is nn.Linear:
-                _override(module, shared.linear_forward, shared.LinearState())
-            elif (adapter := _adapter_of(module)) is not None and type(module) in adapter.CONTAINERS:
-                container_forward, container_state = adapter.CONTAINERS[type(module)]
-                _override(module, container_forward, container_state())
     fusion = net.__dict__.get(STATE)
     if fuse_time and fusion is None and "forward" not in net.__dict__:
         _override(net, _fused, FusionState())
     elif not fuse_time and type(fusion) is FusionState:
         _restore(net)
+    shared = importlib.import_module("sparse_backend.adapters.shared")
+    for module in net.modules():
+        if STATE not in module.__dict__:
+            if type(module) is nn.Linear:
+                _override(module, shared.linear_forward, shared.LinearState())
+            elif type(module) in _BATCH_NORMS:
+                _override(module, shared.batch_norm_forward, shared.NoState())
+            elif (adapter := _adapter_of(module)) is not None and type(module) in adapter.CONTAINERS:
+                container_forward, container_state = adapter.CONTAINERS[type(module)]
+                _override(module, container_forward, container_state())
     _warn_of_broad_surrogates(changed)
     return net
 

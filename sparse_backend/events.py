@@ -388,10 +388,11 @@ class EventTensor(TensorLike):
             pointers = [self.active_ptr[t * rows : (t + 1) * rows + 1] for t in range(size)]
             parts = self.active_indices.split(sizes)
             actives = [(ptr - ptr[0], part) for ptr, part in zip(pointers, parts, strict=True)]  # type: ignore[misc]
+        row_ptrs = self.row_ptr.unfold(0, rows + 1, rows).unbind(0) if rows else [self.row_ptr] * size
         return [
             EventTensor(
                 shape,
-                self.row_ptr[t * rows : (t + 1) * rows + 1],
+                row_ptrs[t],
                 self.indices,
                 self.values,
                 handle=handles[t],

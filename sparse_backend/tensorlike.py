@@ -9,6 +9,7 @@ than a plain object (a wrapper subclass costs ten), and a plain object that clai
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -135,7 +136,11 @@ class TensorLike(Tensor):
         return len(self.shape)
 
     def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
-        return self.shape if dim is None else self.shape[dim]
+        if dim is None:
+            return self.shape
+        if sys._getframe(1).f_globals.get("__name__") == "torch._functorch.vmap":  # which then takes it in C++
+            self._embody()
+        return self.shape[dim]
 
     def numel(self) -> int:
         return self.shape.numel()

@@ -11,17 +11,29 @@ import pytest
 import torch
 
 from sparse_backend import EventTensor
-from sparse_backend.bench import cases, main, measure, paths, render, rss, timing, training
-from sparse_backend.bench.gate import Gate
+from sparse_backend.bench import cases, for_norse, main, measure, paths, render, rss, timing, training
+from sparse_backend.bench.gate import Gate, flips
 from sparse_backend.bench.inputs import Inputs
 from sparse_backend.bench.memory import kept_bytes
-from sparse_backend.bench.models import Output, build
+from sparse_backend.bench.models import Output, build, framework_of, loss_of
 from sparse_backend.functional import linear_leaky
+from sparse_backend.surrogate import derivative
 
 TINY = cases.Case(
     "tiny", 30, (16, 12), 4, steps=10, events=12, coding="latency", aim=5.0, batch=16, train_steps=4
 )  # fmt: skip
 RECORDING = dataclasses.replace(TINY, name="recording", coding="recording", events=20)
+BUSY = dataclasses.replace(TINY, aim=15.0, aim_at="spikes")  # every layer spikes
+NORSE = dataclasses.replace(
+    BUSY, name="norse", framework="norse", surrogate="super_alpha", paths=cases.CASES["norse-fmnist"].paths
+)  # fmt: skip
+NORSE_CASES = (
+    NORSE,
+    dataclasses.replace(NORSE, surrogate="super", b_th="auto"),
+    dataclasses.replace(NORSE, net="recurrent", hidden=(16,)),
+)
+FORCED = dataclasses.replace(BUSY, net="forced", paths=cases.CASES["forced"].paths)
+CONV = dataclasses.replace(cases.CASES["conv"], steps=4, batch=4, train_steps=0)
 SEQUENCES = (cases.STOCK, cases.SEQUENCE, cases.SEQUENCE_EVENTS)
 SETTINGS = measure.Settings(repeats=2)
 
@@ -143,7 +155,7 @@ def _gate(case=TINY):
     net = build(case)
     training.calibrate(net, case, inputs.batch(16))
     batch = inputs.batch(case.batch)
-    return Gate(net, case.b_th, inputs.batch(8), batch, batch.dense())
+    return Gate(case, net, inputs.batch(8), batch, batch.dense())
 
 
 def _path(change=None, output=None, name="changed"):
@@ -179,9 +191,70 @@ def test_gate_refuses_a_wrong_gradient():
 
 def test_gate_refuses_the_unmasked_gradient():
     """Ordinary back-propagation is not what b_th = 0.2 is defined to be."""
-    stock = dataclasses.replace(paths.PATHS[cases.STOCK], name="unmasked")
+    stock = dataclasses.replace(paths.PATHS[cases.STOCK], name="unmasked", masked=True)
     problem = _gate(dataclasses.replace(TINY, aim=20.0)).judge(stock).problem
     assert problem is not None and "gradient" in problem
+
+
+def _disturbed(samples):
+    """The sequence path, which in float32 sees no event of the first samples of a batch."""
+
+    def prepare(net, b_th):
+        forward = paths.PATHS[cases.SEQUENCE].prepare(net, b_th)
+
+        def disturbed(x):
+            if x.dtype == torch.float64:
+                return forward(x)
+            keep = (torch.arange(x.shape[1]) >= samples).to(x.dtype)
+            return forward(x * keep[:, None])
+
+        return disturbed
+
+    return paths.Path("disturbed", "disturbed", "dense", prepare)
+
+
+def test_gate_leaves_samples_with_a_flipped_spike_out(monkeypatch):
+    """One sample of 32 spikes elsewhere: what is compared is the other 31, loss and gradients included."""
+    case = dataclasses.replace(BUSY, batch=32)
+    verdict = _gate(case).judge(_disturbed(1))
+    assert verdict.problem is None
+    assert verdict.numbers["samples_left_out"] == 1 / 32
+    assert verdict.numbers["loss_error"] < 1e-5 and verdict.numbers["gradient_cosine"] > 1 - 1e-6
+    # it is the leaving out that makes them agree
+    monkeypatch.setattr("sparse_backend.bench.gate.flips", lambda ours, stock: torch.zeros(32, dtype=torch.bool))
+    assert _gate(case).judge(_disturbed(1)).problem is not None
+
+
+def test_gate_refuses_many_flips():
+    problem = _gate(dataclasses.replace(BUSY, batch=32)).judge(_disturbed(3)).problem
+    assert problem is not None and "at most 5 % of the samples may have a flipped spike, got 9.38 %" in problem
+
+
+def test_flips_are_found_by_sample_in_any_layer_at_any_step():
+    layers = [torch.zeros(5, 4, 3, dtype=torch.bool), torch.zeros(5, 4, 2, 2, dtype=torch.bool)]
+    other = [layer.clone() for layer in layers]
+    assert flips(layers, other).tolist() == [False] * 4
+    other[0][4, 1, 2] = other[1][0, 3, 0, 1] = True
+    assert flips(layers, other).tolist() == flips(other, layers).tolist() == [False, True, False, True]
+
+
+def test_loss_of_some_samples():
+    mem, labels = torch.randn(3, 4, 5), torch.tensor([0, 1, 2, 3])
+    samples = torch.tensor([1, 3])
+    expected = loss_of(Output(None, mem[:, samples]), labels[samples])
+    assert torch.equal(loss_of(Output(None, mem), labels, samples), expected)
+
+
+@pytest.mark.parametrize("name", [cases.SEQUENCE, cases.LOOP, cases.STEP])
+def test_hidden_spikes_are_those_of_stock(name):
+    batch, net = Inputs(BUSY, 0).batch(8), build(BUSY)
+    training.calibrate(net, BUSY, batch)
+    stock = paths.Run(paths.PATHS[cases.STOCK], net, 0.2, batch).hidden()
+    run = paths.Run(paths.PATHS[name], net, 0.2, batch)
+    assert [list(layer.shape) for layer in stock] == [[10, 8, 16], [10, 8, 12]]
+    assert all(layer.any() for layer in stock)
+    assert all(torch.equal(a, b) for a, b in zip(run.hidden(), stock, strict=True))
+    assert not run.forward(run.input).hidden  # what is timed gives none back
 
 
 def test_gate_refuses_a_wrong_output_and_what_raises():
@@ -215,6 +288,94 @@ def test_a_path_that_cannot_run_is_left_out_visibly(monkeypatch):
     assert "absent: LEFT OUT, nobody has built it" in render.text_table(result)
 
 
+# Norse, and other networks.
+
+
+def _measured(case):
+    result = measure.measure(case, SETTINGS)
+    rows = {row["path"]: row for row in result["rows"]}
+    assert list(rows) == list(case.paths)
+    assert all("ms" in row for row in rows.values()), [row.get("refused") for row in rows.values()]
+    return result, rows
+
+
+@pytest.mark.parametrize("case", NORSE_CASES, ids=["feedforward", "as installed", "recurrent"])
+def test_norse_is_checked_and_measured(case):
+    result, rows = _measured(case)
+    assert all(0 < spikes < 50 for spikes in result["spikes_pct_by_layer"])
+    for name in (cases.ENABLED, cases.ENABLED_EVENTS, cases.CELLS, cases.CELLS_EVENTS):
+        assert rows[name]["check"]["gradient_cosine"] > 0.999
+        assert rows[name]["kept_bytes"] > 0
+    assert f"b_th {case.b_th}" in render.case_title(result)
+
+
+def test_norse_gate_refuses_the_unmasked_gradient():
+    with framework_of(NORSE).given(NORSE):
+        gate = _gate(NORSE)
+        assert gate.judge(paths.PATHS[cases.MENDED]).problem is None
+        mended = dataclasses.replace(paths.PATHS[cases.MENDED], masked=True)
+        problem = gate.judge(mended).problem
+    assert problem is not None and "gradient" in problem
+
+
+def test_norse_honours_alpha_within_the_case_alone():
+    net = build(NORSE)
+    x = torch.full((1,), 0.1, dtype=torch.float64)
+
+    def g():
+        return float(derivative(for_norse.surrogate_of(net), x))
+
+    before = g()
+    assert for_norse.honours_alpha() == (before == pytest.approx(1 / 121))
+    with framework_of(NORSE).given(NORSE):
+        assert g() == pytest.approx(1 / 121)
+        assert training.band(net, dataclasses.replace(NORSE, b_th="auto")) == pytest.approx(0.19, rel=0.01)
+    assert g() == before
+
+
+def _nodes(output, name):
+    """How many nodes of this name the graph has."""
+    seen, todo = set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [before for before, _ in node.next_functions]
+    return sum(name in node.name() for node in seen)
+
+
+@pytest.mark.parametrize("net", ["feedforward", "recurrent"])
+def test_mended_norse_indexes_no_sequence_that_learns(net):
+    case = dataclasses.replace(NORSE, net=net)
+    batch, own = Inputs(case, 0).batch(4), build(case)
+    stock = paths.Run(paths.PATHS[cases.STOCK], own, 0.2, batch)
+    mended = paths.Run(paths.PATHS[cases.MENDED], own, 0.2, batch)
+    assert _nodes(stock.loss(), "SelectBackward") >= case.steps
+    assert _nodes(mended.loss(), "SelectBackward") == 0
+    assert torch.equal(stock.evaluate().mem, mended.evaluate().mem)
+
+
+def test_cells_share_the_parameters():
+    run = paths.Run(paths.PATHS[cases.CELLS], build(NORSE), 0.2, Inputs(NORSE, 0).batch(2))
+    assert {id(p) for p in run.forward.parameters()} == {id(p) for p in run.net.parameters()}
+
+
+def test_a_forced_loop_is_measured():
+    _, rows = _measured(FORCED)
+    assert rows[cases.LOOP]["check"]["gradient_cosine"] > 0.999
+
+
+def test_a_convolutional_net_is_measured_with_and_without_gradients():
+    result, rows = _measured(CONV)
+    for name in (cases.STOCK_NO_GRAD, cases.LOOP_NO_GRAD):
+        assert set(rows[name]["ms"]) == set(rows[name]["ratio"]) == {"forward"} and "kept_bytes" not in rows[name]
+    forward = [rows[name]["ms"]["forward"]["median"] for name in (cases.STOCK_NO_GRAD, cases.LOOP_NO_GRAD)]
+    assert rows[cases.LOOP_NO_GRAD]["ratio"]["forward"] == pytest.approx(forward[0] / forward[1])
+    assert rows[cases.LOOP_NO_GRAD]["check"]["membrane_error"] < 1e-3
+    text = render.text_table(result)
+    assert "28x28 - 12C5" in text and "stock, no_grad" in text
+
+
 # Timing.
 
 
@@ -240,6 +401,24 @@ def test_repeats_are_interleaved_and_counted(monkeypatch):
     assert len(timing.interleave({"a": Run("a")}, None, 1e9, seed=0)["a"]) == timing.MOST
 
 
+def test_a_slow_run_is_timed_once_and_not_warmed_up(monkeypatch):
+    monkeypatch.setattr(timing.gc, "collect", lambda: 0)
+    calls = []
+
+    class Run:
+        def __init__(self, name):
+            self.name = name
+
+        def step(self):
+            calls.append(self.name)
+            return paths.Times(1e-3)
+
+    times = timing.interleave({name: Run(name) for name in ("slow", "fast")}, 3, 0.0, seed=0, once=("slow",))
+    assert {name: len(found) for name, found in times.items()} == {"slow": 1, "fast": 3}
+    assert calls.count("slow") == 1 and calls[0] == "fast"
+    assert timing.summary(times["slow"]) == {"forward": {"median": 1.0, "low": 1.0, "high": 1.0}}
+
+
 def test_a_step_changes_the_weights_versions_and_nothing_else():
     batch = Inputs(TINY, 0).batch(4)
     run = paths.Run(paths.PATHS[cases.SEQUENCE_EVENTS], build(TINY), 0.2, batch)
@@ -260,8 +439,13 @@ def test_registry_is_consistent():
         assert set(case.paths) <= set(paths.PATHS)
         assert cases.Case.from_dict(json.loads(json.dumps(case.to_dict()))) == case
         assert any(target.case == name for target in cases.TARGETS)
+        assert set(case.once) <= set(case.paths)
+        assert {paths.PATHS[path].against for path in case.paths} <= set(case.paths)
+        assert case.surrogate in framework_of(case).SURROGATES and case.net in framework_of(case).NETS
+        assert not case.image or math.prod(case.image) == case.inputs
     for target in cases.TARGETS:
-        assert target.path in cases.CASES[target.case].paths
+        assert {target.path, target.against} <= set(cases.CASES[target.case].paths)
+    assert len(set(cases.TARGETS)) == len(cases.TARGETS)
 
 
 def test_targets_know_their_direction():
@@ -269,6 +453,32 @@ def test_targets_know_their_direction():
     assert at_least.reached(6) and not at_least.reached(5.99)
     assert at_most.reached(0.03) and not at_most.reached(0.031)
     assert at_least.text == "whole ≥ 6×" and at_most.text == "kept ≤ 3 %"
+    of_step = cases.Target("c", "p", "whole", 8, cases.MENDED)
+    assert of_step.text == "whole ≥ 8× against mended stock"
+    recording = cases.Target("c", cases.LOOP, "recording", 4, cases.SEQUENCE)
+    assert recording.reached(4) and recording.reached(-1) and not recording.reached(4.1)
+    assert recording.text == "whole ≤ 115 % of the sequence form + 4 µs per recorded call"
+
+
+def test_targets_are_held_against_their_own_path():
+    """10 steps of 3 layers are 60 calls: 1.15 * 10 ms + 60 * 4 µs is 11.74 ms."""
+
+    def row(path, whole, kept=100):
+        ms = {"forward": {"median": whole / 2}, "whole": {"median": whole}}
+        return {"path": path, "ms": ms, "kept_bytes": kept}
+
+    rows = {cases.STOCK: row(cases.STOCK, 100.0), cases.SEQUENCE: row(cases.SEQUENCE, 10.0, 40)}
+    assert cases.recorded_calls(TINY) == 60
+
+    def got(target, ours):
+        return measure._got(TINY, target, ours, rows[target.against])
+
+    recording = cases.Target("tiny", cases.LOOP, "recording", 4, cases.SEQUENCE)
+    assert got(recording, row(cases.LOOP, 11.74)) == pytest.approx(4)
+    assert got(recording, row(cases.LOOP, 11.5)) == pytest.approx(0)
+    assert got(cases.Target("tiny", cases.LOOP, "whole", 1), row(cases.LOOP, 20.0)) == 5
+    assert got(cases.Target("tiny", cases.LOOP, "whole", 1, cases.SEQUENCE), row(cases.LOOP, 20.0)) == 0.5
+    assert got(cases.Target("tiny", cases.LOOP, "kept", 1, cases.SEQUENCE), row(cases.LOOP, 1.0, 20)) == 0.5
 
 
 # The command.
@@ -339,6 +549,87 @@ def test_render_refuses_a_quick_run(tiny, tmp_path, capsys):
     assert main(["--quick", "--case", "tiny", "--json", str(tmp_path / "a.json")]) == 0
     assert main(["--render", str(tmp_path)]) == 1
     assert "--quick" in capsys.readouterr().err
+
+
+# The documents.
+
+
+def _content(title, *results, commit="abc"):
+    machine = {"cpu": "A", "cores": 2, "threads": 2, "memory_gb": 1, "features": [], "system": "Linux"}
+    where = {"machine": machine, "versions": {"torch": "2"}, "kernels": {"state": "loaded", "origin": "built"}}
+    return render.document(results, {"title": title, **where, "commit": commit, "quick": False})
+
+
+def _result(name, ms, **case):
+    case = dataclasses.replace(cases.CASES[name], **case)
+
+    def row(path, whole):
+        parts = {part: {"median": whole} for part in render.PARTS}
+        ratio = dict.fromkeys(render.PARTS, ms[cases.STOCK] / whole)
+        label = paths.PATHS[path].label
+        return {"path": path, "label": label, "ms": parts, "ratio": ratio, "kept_bytes": 10, "kept_share": 0.5}
+
+    return {
+        "case": case.to_dict(), "sizes": case.sizes, "surrogate": "S", "band": 19.0, "input": "drawn",
+        "input_events": 1.0, "spikes_pct": 1.0, "active_pct": 1.0, "spikes_pct_by_layer": [1.0],
+        "active_pct_by_layer": [1.0], "training": {"steps": 1, "first_loss": 2.0, "last_loss": 1.0},
+        "rows": [row(path, whole) for path, whole in ms.items()],
+    }  # fmt: skip
+
+
+_MS = {cases.STOCK: 100.0, cases.LOOP: 10.0}
+_NORSE_MS = {cases.STOCK: 1000.0, cases.MENDED: 100.0, cases.ENABLED: 10.0}
+
+
+def test_results_of_one_title_are_merged():
+    shd = _content("Here", _result("shd", _MS), commit="one")
+    fmnist = _content("Here", _result("conv", _MS), _result("fmnist", _MS), commit="two")
+    there = _content("There", _result("shd", _MS))
+    here, other = render.merged([shd, there, fmnist])
+    assert [result["case"]["name"] for result in here["cases"]] == ["fmnist", "shd", "conv"]
+    assert other["title"] == "There" and len(other["where"]) == 1
+    assert [line.partition(":")[0] for line in here["where"]] == ["shd", "fmnist, conv"]
+    assert "commit one" in here["where"][0] and "commit two" in here["where"][1]
+    text = render.markdown([shd, there, fmnist])
+    assert text.count("## Here") == 1 and text.index("### fmnist") < text.index("### shd")
+    with pytest.raises(ValueError, match="got shd in two"):
+        render.merged([shd, _content("Here", _result("shd", _MS))])
+
+
+def test_cases_measured_one_by_one_are_rendered_together(tiny, tmp_path):
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    for name in tiny:
+        assert main(["--case", name, "--repeats", "1", "--json", str(folder / f"{name}.json")]) == 0
+    assert main(["--render", str(folder)]) == 0
+    text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert text.count("## CPU") == 1 and "### tiny: " in text and "### recording: " in text
+
+
+def test_readme_has_a_table_for_each_framework():
+    results = [
+        _result("shd", _MS),
+        _result("conv", _MS),
+        _result("norse-shd", _NORSE_MS),
+        _result("norse-shd-auto", _NORSE_MS),
+    ]
+    leaky, norse = render.summary([_content("Here", *results)]).split("\n\nOne training step against stock Norse")
+    assert "| shd: 700-200-200-20, T 500 | 100 | – | – | 10.0× | – | 50.0 % |" in leaky
+    assert "MP2 - 10, T 50, batch 128 | 100 |" in leaky and "norse" not in leaky
+    assert "| norse-shd: 700-200-200-20, T 500 | 1000 | 100 | 100.0× / 10.0× | – | – | – | 50.0 % |" in norse
+    assert "T 500, b_th auto = 19 |" in norse
+    assert "mended by `unbind`" in norse
+    alone = render.summary([_content("Here", results[2])])
+    assert "commit abc" in alone and "stock snnTorch" not in alone
+
+
+def test_document_says_what_norse_was_given_and_what_was_left_out():
+    result = _result("norse-shd", _NORSE_MS)
+    result["rows"][2]["check"] = {"samples_left_out": 1 / 256}
+    text = render.markdown([_content("Here", result)])
+    assert "Norse 1.1.0's SuperSpike ignores `alpha`" in text
+    assert "enabled, dense input: checked without the 0.39 % of the samples in which a spike flipped" in text
+    assert "ignores `alpha`" not in render.markdown([_content("Here", _result("shd", _MS))])
 
 
 def test_list(capsys):

@@ -152,6 +152,9 @@ INSTRUCTIONS = st.one_of(
     st.tuples(st.just("linear"), layer),
     st.tuples(st.just("linear"), layer),
     st.tuples(st.just("lif keeps mem"), layer),
+    st.tuples(st.just("branch of lif"), layer),
+    st.tuples(st.just("lif with another state"), layer),
+    st.tuples(st.just("no grad keeps mem"), layer, every()),
     st.tuples(st.just("mem as value"), layer),
     st.tuples(st.just("smooth"), st.sampled_from(list(SMOOTH))),
     st.tuples(st.just("two"), st.sampled_from(list(TWO)), st.integers(0, 5)),
@@ -192,6 +195,7 @@ class Machine:
         net.train()
         self.net = net
         self.mems: list[Any] = [torch.zeros(0, dtype=torch.float64) for _ in range(LAYERS)]
+        self.others = list(self.mems)
         self.mem_conv: Any = torch.zeros(0, dtype=torch.float64)
         self.last: Any = torch.zeros(BATCH, WIDTH, dtype=torch.float64)
         self.total: Any = 0
@@ -231,6 +235,13 @@ class Machine:
             value, self.mems[k] = net.lifs[k](value, self.mems[k])
         elif name == "lif keeps mem":
             value, self.mems[k] = net.lifs[k](value)
+        elif name == "branch of lif":
+            value = value + net.lifs[k](value, self.mems[k])[0]
+        elif name == "lif with another state":
+            value, self.others[k] = net.lifs[k](value, self.others[k])
+        elif name == "no grad keeps mem" and now:
+            with torch.no_grad():
+                value = value + net.lifs[k](value)[0]
         elif name == "mem as value":
             value = torch.tanh(self.mems[k]) if self.mems[k].numel() else value
         elif name == "linear":
@@ -438,13 +449,15 @@ class Stepper(RuleBasedStateMachine):
     def feed(self) -> None:
         self.apply_feed()
 
-    @rule(steps=st.integers(2, 8), k=layer, j=layer, static=st.booleans(), keep=st.booleans())
-    def run_layers(self, steps: int, k: int, j: int, static: bool, keep: bool) -> None:
-        """A plain loop over two layers."""
+    @rule(steps=st.integers(2, 8), k=layer, j=layer, static=st.booleans(), keep=st.booleans(), branch=st.booleans())
+    def run_layers(self, steps: int, k: int, j: int, static: bool, keep: bool, branch: bool) -> None:
+        """A plain loop over two layers; branch: each state is used a second time."""
         for _ in range(steps):
             if not static:
                 self.apply_feed()
             first = self.values[-1] if not static else self.values[0]
+            if branch:
+                self.record.append(self.neuron(k, self.values[0])[0])
             spk, mem = self.neuron(k, first)
             self.mems[k] = mem
             spk, mem = self.neuron(j, self.both(lambda net, v: net.linears[j](v), spk))
@@ -581,18 +594,16 @@ class Stepper(RuleBasedStateMachine):
 
     @rule(learn=st.booleans())
     def backward(self, learn: bool) -> None:
-        """Gradients are compared; then, perhaps, an optimiser step. The loss then needs the newest value, so that
-        nothing was recorded after it."""
-        if learn:
-            self.loss = self.both(lambda net, loss, v: loss + weighted(v), self.loss, self.values[-1])
-        propagated = self.loss[0].requires_grad
+        """Gradients are compared; then, perhaps, an optimiser step, whatever has been recorded since the loss."""
         self.compare_gradients()
-        with torch.no_grad():
-            for p, q in zip(self.theirs.parameters(), self.ours.parameters(), strict=True):
-                if learn and propagated:
-                    p -= 1e-3 * torch.tanh(torch.zeros_like(p) if p.grad is None else p.grad)
-                    q.copy_(p)
-                p.grad = q.grad = None
+        if learn:
+            for net in (self.theirs, self.ours):
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                torch.optim.SGD(net.parameters(), lr=0.01).step()
+            with torch.no_grad():
+                for p, q in zip(self.theirs.parameters(), self.ours.parameters(), strict=True):
+                    q.copy_(p)  # no rounding piles up
+        self.both(lambda net: net.zero_grad())
         self.forget_history()
 
     def compare_gradients(self) -> None:

@@ -996,7 +996,7 @@ def test_data_dependent_control_flow(way: Way) -> None:
                 spk2 = torch.zeros_like(spk1)
                 taken.append(0)
             rounds = 0
-            while rounds < 3 and float(mem3.sum()) < 1.5:
+            while rounds < 3 and float(mem3.detach().sum()) < 1.5:
                 _, mem3 = net.lif3(net.fc3(spk2 + 0.1), mem3)
                 rounds += 1
             out.append(mem3 * rounds)

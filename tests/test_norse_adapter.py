@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import inspect
@@ -419,6 +420,17 @@ def test_cells_with_and_without_a_state(call, b_th):
     judge(cells_net(), lambda net: call(net, small_input()), b_th)
 
 
+@pytest.mark.parametrize("b_th", [0.2, INF])
+def test_an_outer_loop_under_fuse_time_runs_as_sequences(b_th):
+    def call(net):
+        with sparse_backend.fuse_time(net) if enabling.is_enabled(net) else contextlib.nullcontext():
+            out, state = stepped(net, small_input())
+        return out, [part if part is None else type(part)(*dense(part)) for part in state]
+
+    net = judge(cells_net(), call, b_th)
+    assert all(path.endswith("sequence") for path in paths_of(net))
+
+
 def test_states_are_norses_own_and_keep_their_gradients():
     for cell, state in (
         (norse.LIFCell(lif()), norse.LIFFeedForwardState), (norse.LIFBoxCell(), LIFBoxFeedForwardState),
@@ -554,7 +566,7 @@ MODULES = {
     "LIFRecurrent": lambda: norse.LIFRecurrent(4, 3, lif()),
     "Lift(LIFCell)": lambda: norse.Lift(norse.LIFCell(lif())),
     "Lift(LICell)": lambda: norse.Lift(norse.LICell()),
-    "Lift(Linear)": lambda: norse.Lift(nn.Linear(4, 3)),
+    "Lift(Linear)": lambda: norse.SequentialState(norse.Lift(nn.Linear(4, 3)), norse.LI()),
     "Lift(SequentialState)": lambda: norse.Lift(norse.SequentialState(nn.Linear(4, 3), norse.LIFCell(lif()))),
 }
 
@@ -630,6 +642,18 @@ NUMBERS = {"tau_mem_inv": 400, "tau_syn_inv": 150.0, "v_leak": 0.05, "v_th": 0.3
 def test_parameters_may_be_numbers(make):
     net = judge(make(norse.LIFParameters(method="tanh", **NUMBERS)), lambda m: m(normal((6, 3, 4), 0, F32) + 1))
     assert "framework" not in paths_of(net)[0]
+
+
+@pytest.mark.parametrize("of", [F32, F64])
+@pytest.mark.parametrize("given", [F32, F64])
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_parameters_of_another_dtype(shape, of, given):
+    """A number of another dtype changes nothing; one per neuron promotes, which is Norse's business."""
+    cell, x = norse.LIFCell(lif(v_th=torch.full(shape, 0.3, dtype=of))), normal((3, 4), 0, given) + 1
+    stock = cell(x)
+    sparse_backend.enable(cell, b_th=INF)
+    assert_same_tree(cell(x), stock, rtol=1e-6)
+    assert ("framework" in paths_of(cell)[0]) == (shape == (4,) and of is F64 and given is F32)
 
 
 def test_biological_parameters():
@@ -849,6 +873,9 @@ def test_lifted_modules_of_any_kind():
     assert paths_of(net) == ["sparse sequence"] or paths_of(net) == ["dense sequence"]
     lifted = norse.Lift(norse.SequentialState(nn.Linear(6, 4), norse.LIFCell(lif()), nn.Linear(4, 2), norse.LICell()))
     net = judge(lifted, lambda m: m(small_input()))
+    assert all(path.endswith("sequence") for path in paths_of(net)), "its loop is recorded"
+    sparse_backend.enable(net, b_th=0.3, fuse_time=False)
+    net(small_input())
     assert all(path.endswith("step") for path in paths_of(net))
     for cell in (norse.LIFCell(lif()), norse.LIFRecurrentCell(6, 6, lif()), norse.LICell(), norse.LIFBoxCell()):
         net = judge(norse.Lift(cell), lambda m: m(small_input()))
@@ -1090,6 +1117,17 @@ def test_weights_that_are_not_finite_come_out_as_in_norse():
             assert_same_tree(ours[0](x), net[0](x))
 
 
+def test_a_linear_layer_that_is_not_finite_comes_out_as_in_norse():
+    net, x = nn.ModuleList([nn.Linear(6, 4), norse.LIF(lif())]), spikes((5, 3, 6), 0.1, 0, F32)
+    with torch.no_grad():
+        net[0].weight[1, 2] = float("nan")
+    expected = net[1](net[0](x))
+    with sparse_backend.patch("norse", b_th=INF):
+        assert_same_tree(net[1](net[0](EventTensor.from_dense(x))), expected)
+    sparse_backend.enable(net, b_th=INF)
+    assert_same_tree(net[1](net[0](EventTensor.from_dense(x))), expected)
+
+
 def test_autapses_stay_zero():
     torch.manual_seed(0)
     for net, call in (
@@ -1124,6 +1162,18 @@ def test_forwards_without_backward_leak_nothing():
     del z, state
     gc.collect()
     assert all(watch() is None for watch in watches)
+
+
+def test_patched_modules_are_not_kept_alive():
+    with sparse_backend.patch("norse", b_th=0.3):
+        net = norse.SequentialState(
+            nn.Linear(6, 8), norse.LIF(lif()), norse.LIFRecurrent(8, 4, lif()), norse.Lift(nn.Linear(4, 2)), norse.LI()
+        )
+        net(small_input())[0].sum().backward()
+        watches = [weakref.ref(m) for m in net] + [weakref.ref(p) for p in net.parameters()]
+        del net
+        gc.collect(), gc.collect()  # what the first finds holds a graph, whose end leaves more to find
+        assert all(watch() is None for watch in watches)
 
 
 # Modes of torch.

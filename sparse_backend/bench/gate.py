@@ -2,31 +2,34 @@
 
 The judge is the stock network with its surrogate masked to |x| < b_th, which is what the sparse gradient is defined
 to be (docs/design.md). In float64, on a few samples, outputs and gradients must be equal to rounding. In float32, on
-the whole batch, sums taken in another order may turn a membrane within rounding of the threshold into a spike or
-not, in one sample of many: loss and nearly all samples must agree, and gradients point the same way.
+the whole batch, sums taken in another order turn a membrane within rounding of the threshold into a spike or not, in
+one sample of many, and everything behind that spike differs. Such samples are found by comparing the hidden layers'
+spikes with stock's; few may be so, and they are left out of the loss on both sides. Of the others, readouts and loss
+must agree, and gradients point the same way.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_backend.bench.cases import STOCK, BTh
+from sparse_backend.bench.cases import STOCK, STOCK_NO_GRAD, BTh, Case
 from sparse_backend.bench.inputs import Batch
-from sparse_backend.bench.models import LeakyNet, loss_of
-from sparse_backend.bench.paths import PATHS, Path, Run, Unavailable
+from sparse_backend.bench.models import framework_of
+from sparse_backend.bench.paths import Evaluation, Path, Run, Unavailable
 from sparse_backend.policy import resolve_b_th
-from sparse_backend.surrogate import SpikeGrad, derivative
+from sparse_backend.surrogate import SpikeGrad
 
 EXACT_SAMPLES = 8
 EXACT = 1e-8  # of the largest entry
-LOSS = 1e-3
-FLIPPED = 0.02  # share of samples whose readout may differ
+CLOSE = 1e-3  # of the loss, of the largest membrane
+FLIPPED = 0.05  # share of samples that may have a flipped spike
 COSINE = 0.999
 
 
@@ -36,25 +39,6 @@ class Verdict:
 
     problem: str | None = None
     numbers: dict[str, float] = field(default_factory=dict)
-
-
-class _KeepDtype(torch.autograd.Function):
-    """H(x) in x's dtype with the derivative of `spike_grad`: snnTorch 1.0's own return float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, spike_grad: SpikeGrad) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.spike_grad = spike_grad
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return grad * derivative(ctx.spike_grad, x), None
-
-
-def keep_dtype(spike_grad: SpikeGrad) -> SpikeGrad:
-    return lambda x: _KeepDtype.apply(x, spike_grad)
 
 
 def masked(spike_grad: SpikeGrad, b_th: float) -> SpikeGrad:
@@ -67,43 +51,50 @@ def masked(spike_grad: SpikeGrad, b_th: float) -> SpikeGrad:
     return spike_grad if math.isinf(b_th) else inner
 
 
-@dataclass
-class _Result:
-    loss: float
-    mem: Tensor  #: [T, B, classes]
-    gradients: dict[str, Tensor]
+class _Stock:
+    """Stock on one batch, its results kept: those of the samples asked for last."""
 
+    def __init__(self, case: Case, net: Any, batch: Batch, dense: Tensor | None, forward: Callable[[Any], Any]) -> None:
+        """forward: makes the forward pass from a copy of the network."""
+        self.framework, self.b_th = framework_of(case), case.b_th
+        self.run = Run(Path(STOCK, STOCK, "dense", lambda net, _: forward(net)), net, case.b_th, batch, dense)
+        self._hidden: list[Tensor] | None = None
+        self._results: dict[bool, tuple[tuple[int, ...] | None, Evaluation]] = {}
 
-def _evaluate(run: Run) -> _Result:
-    output = run.forward(run.input)
-    loss = loss_of(output, run.labels)
-    loss.backward()
-    return _Result(loss.item(), output.mem.detach(), run.gradients())
+    def hidden(self) -> list[Tensor]:
+        if self._hidden is None:
+            with torch.no_grad():
+                self._hidden = self.run.hidden()
+        return self._hidden
+
+    def evaluate(self, with_mask: bool, samples: Tensor | None = None) -> Evaluation:
+        key = None if samples is None else tuple(samples.tolist())
+        known = self._results.get(with_mask)
+        if known is None or known[0] != key:
+            band = resolve_b_th(self.b_th, self.framework.surrogate_of(self.run.net)) if with_mask else math.inf
+            with self.framework.intercepted(self.run.net, lambda _, spike_grad: masked(spike_grad, band)):
+                found = self.run.evaluate(samples)
+            gradients = {name: gradient.clone() for name, gradient in found.gradients.items()}
+            known = self._results[with_mask] = key, found._replace(gradients=gradients)
+        return known[1]
 
 
 class Gate:
-    """Judges the paths of one case: the masked stock results are made once."""
+    """Judges the paths of one case."""
 
-    def __init__(self, net: LeakyNet, b_th: BTh, few: Batch, batch: Batch, dense: Tensor) -> None:
+    def __init__(self, case: Case, net: Any, few: Batch, batch: Batch, dense: Tensor) -> None:
         """few: of `EXACT_SAMPLES`; batch, and its dense form: what will be timed."""
-        self.b_th, self.few, self.batch, self.dense = b_th, few, batch, dense
-        self.net = net
-        self.exact_net = copy.deepcopy(net).double()
-        for neuron in self.exact_net.neurons:
-            neuron.spike_grad = keep_dtype(neuron.spike_grad)  # type: ignore[arg-type, assignment]
-        self._exact = self._stock(self.exact_net, few, None)
-        self._whole = self._stock(net, batch, dense)
-
-    def _stock(self, net: LeakyNet, batch: Batch, dense: Tensor | None) -> _Result:
-        net = copy.deepcopy(net)
-        for neuron in net.neurons:
-            grad: SpikeGrad = neuron.spike_grad  # type: ignore[assignment]
-            neuron.spike_grad = masked(grad, resolve_b_th(self.b_th, grad))  # type: ignore[assignment]
-        return _evaluate(Run(PATHS[STOCK], net, self.b_th, batch, dense))
+        self.b_th: BTh = case.b_th
+        self.net, self.few, self.batch, self.dense = net, few, batch, dense
+        framework = framework_of(case)
+        self.exact_net = framework.exact(net)
+        self._exact = _Stock(case, self.exact_net, few, None, framework.oracle)
+        self._unmasked = _Stock(case, self.exact_net, few, None, lambda net: net)
+        self._whole = _Stock(case, copy.deepcopy(net), batch, dense, framework.oracle)
 
     def judge(self, path: Path) -> Verdict:
         """Raises `Unavailable` where the path cannot run; one that fails in any other way is not right."""
-        if path.name == STOCK:
+        if path.name in (STOCK, STOCK_NO_GRAD):
             return Verdict()
         try:
             return self._judge(path)
@@ -113,18 +104,39 @@ class Gate:
             return Verdict(f"it raised {type(error).__name__}: {error}")
 
     def _judge(self, path: Path) -> Verdict:
-        exact = _evaluate(Run(path, self.exact_net, self.b_th, self.few))
-        problem = _differs(exact, self._exact)
+        stock = (self._exact if path.masked else self._unmasked).evaluate(path.masked)
+        problem = _differs(Run(path, self.exact_net, self.b_th, self.few).evaluate(), stock)
         if problem is not None:
             return Verdict(f"in float64 on {EXACT_SAMPLES} samples {problem}")
-        whole = _evaluate(Run(path, self.net, self.b_th, self.batch, self.dense))
-        return _near(whole, self._whole)
+        if not path.masked:  # stock in another form, which is slow: the few have to do
+            return Verdict()
+        verdict = self._judge_whole(Run(path, self.net, self.b_th, self.batch, self.dense))
+        if verdict.problem is not None:
+            verdict.problem = f"in float32 on the whole batch {verdict.problem}"
+        return verdict
+
+    def _judge_whole(self, run: Run) -> Verdict:
+        flipped = flips(run.hidden(), self._whole.hidden())
+        share = float(flipped.float().mean())
+        numbers = {"samples_left_out": share}
+        if not share <= FLIPPED:
+            allowed, got = 100 * FLIPPED, 100 * share
+            return Verdict(f"at most {allowed:g} % of the samples may have a flipped spike, got {got:.3g} %", numbers)
+        samples = (~flipped).nonzero().flatten() if share else None
+        ours, stock = run.evaluate(samples), self._whole.evaluate(True, samples)
+        return _near(ours, stock, ~flipped, numbers)
 
 
-def _differs(ours: _Result, stock: _Result) -> str | None:
+def flips(ours: list[Tensor], stock: list[Tensor]) -> Tensor:
+    """Whether a spike of a sample is in one and not in the other, [B]; of layers [T, B, ...]."""
+    pairs = zip(ours, stock, strict=True)
+    return torch.stack([(a != b).flatten(2).any(dim=2).any(dim=0) for a, b in pairs]).any(dim=0)
+
+
+def _differs(ours: Evaluation, stock: Evaluation) -> str | None:
     pairs = {"the readout's membrane": (ours.mem, stock.mem)}
-    for name, gradient in stock.gradients.items():
-        pairs[f"the gradient of {name}"] = (ours.gradients[name], gradient)
+    for name, gradient in ours.gradients.items():
+        pairs[f"the gradient of {name}"] = (gradient, stock.gradients[name])
     for name, (got, expected) in pairs.items():
         if got.shape != expected.shape:
             return f"{name} must have shape {list(expected.shape)}, got {list(got.shape)}"
@@ -135,21 +147,22 @@ def _differs(ours: _Result, stock: _Result) -> str | None:
     return None
 
 
-def _near(ours: _Result, stock: _Result) -> Verdict:
+def _near(ours: Evaluation, stock: Evaluation, counts: Tensor, numbers: dict[str, float]) -> Verdict:
+    """counts: whether a sample does, [B]."""
     error = abs(ours.loss - stock.loss) / max(abs(stock.loss), 1e-12)
-    allowed = 1e-3 * max(1.0, float(stock.mem.abs().max()))
-    off = (ours.mem - stock.mem).abs().amax(dim=(0, 2)) if ours.mem.numel() else ours.mem.new_zeros(1)
-    flipped = float((~(off <= allowed)).float().mean())
-    cosine = min(_cosine(ours.gradients[name], gradient) for name, gradient in stock.gradients.items())
-    numbers = {"loss_error": error, "samples_with_flips": flipped, "gradient_cosine": cosine}
+    scale = max(1.0, float(stock.mem.abs().max()))
+    off = float((ours.mem - stock.mem)[:, counts].abs().max()) / scale
+    pairs = [(gradient, stock.gradients[name]) for name, gradient in ours.gradients.items()]
+    cosine = min((_cosine(a, b) for a, b in pairs), default=1.0)
+    numbers |= {"loss_error": error, "membrane_error": off, "gradient_cosine": cosine}
     problem = None
-    if not error <= LOSS:
-        problem = f"the loss must equal stock's within {LOSS:g}, got {error:.3g}"
-    elif not flipped <= FLIPPED:
-        problem = f"at most {100 * FLIPPED:g} % of the samples may differ in their readout, got {100 * flipped:.3g} %"
+    if not error <= CLOSE:
+        problem = f"the loss must equal stock's within {CLOSE:g}, got {error:.3g}"
+    elif not off <= CLOSE:
+        problem = f"the readout's membrane must equal stock's within {CLOSE:g} of its largest entry, got {off:.3g}"
     elif not cosine >= COSINE:
         problem = f"every gradient's cosine with masked stock must be at least {COSINE}, got {cosine:.6f}"
-    return Verdict(problem and f"in float32 on the whole batch {problem}", numbers)
+    return Verdict(problem, numbers)
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -18,14 +18,16 @@ PIXEL_NOISE = 0.7
 
 @dataclass(frozen=True)
 class Batch:
-    """The same spikes [T, B, N] as events and dense, and labels [B]."""
+    """The same spikes as events [T, B, N] and dense [T, B, *image], and labels [B]."""
 
     events: EventTensor
     labels: Tensor
+    image: tuple[int, ...] = ()  #: [N] if there is none
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A new tensor at each call: an EventTensor would keep its own dense form."""
-        return EventTensor(self.events.shape, self.events.row_ptr, self.events.indices, dtype=dtype).to_dense()
+        dense = EventTensor(self.events.shape, self.events.row_ptr, self.events.indices, dtype=dtype).to_dense()
+        return dense.unflatten(2, self.image) if self.image else dense
 
     @property
     def events_per_sample(self) -> float:
@@ -88,4 +90,4 @@ class Inputs:
         shape = (case.steps, len(labels), case.inputs)
         row_ptr = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.int32)
         row_ptr[1:] = torch.bincount(flat // case.inputs, minlength=row_ptr.numel() - 1).cumsum(0)
-        return Batch(EventTensor(shape, row_ptr, (flat % case.inputs).to(torch.int32)), labels)
+        return Batch(EventTensor(shape, row_ptr, (flat % case.inputs).to(torch.int32)), labels, case.image)

@@ -36,6 +36,7 @@ def describe() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "snntorch": _version("snntorch"),
+            "norse": _version("norse"),
         },
         "kernels": {"state": native["state"], "origin": native["origin"]},
         "commit": _commit(),

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sparse_backend.bench import rss
-from sparse_backend.bench.cases import STOCK, TARGETS, Case
+from sparse_backend.bench.cases import SLACK, TARGETS, Case, Target, recorded_calls
 from sparse_backend.bench.gate import EXACT_SAMPLES, Gate
 from sparse_backend.bench.inputs import Inputs
-from sparse_backend.bench.models import SURROGATES
+from sparse_backend.bench.models import framework_of
 from sparse_backend.bench.paths import PATHS, Run, Unavailable
 from sparse_backend.bench.timing import interleave, summary
 from sparse_backend.bench.training import band, measure_activity, train
@@ -34,6 +34,11 @@ def measure(
     case: Case, settings: Settings, images: ImageSet | None = None, say: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """The case's entry of the results; see `render.py` for what becomes of it."""
+    with framework_of(case).given(case):
+        return _measure(case, settings, images, say)
+
+
+def _measure(case: Case, settings: Settings, images: ImageSet | None, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"{case.name}: training {case.train_steps} steps")
     inputs = Inputs(case, settings.seed, images if case.data is not None else None)
     trained = train(case, inputs, settings.seed)
@@ -42,7 +47,7 @@ def measure(
     result: dict[str, Any] = {
         "case": case.to_dict(),
         "sizes": case.sizes,
-        "surrogate": SURROGATES[case.surrogate][0],
+        "surrogate": framework_of(case).SURROGATES[case.surrogate][0],
         "band": _plain(band(trained.net, case)),
         "input": inputs.name,
         "input_events": batch.events_per_sample,
@@ -56,7 +61,7 @@ def measure(
 
     say(f"{case.name}: checking {len(case.paths) - 1} paths against stock")
     dense = batch.dense()
-    gate = Gate(trained.net, case.b_th, inputs.batch(min(EXACT_SAMPLES, case.batch)), batch, dense)
+    gate = Gate(case, trained.net, inputs.batch(min(EXACT_SAMPLES, case.batch)), batch, dense)
     runs: dict[str, Run] = {}
     rows: dict[str, dict[str, Any]] = {name: {"path": name, "label": PATHS[name].label} for name in case.paths}
     for name, row in rows.items():
@@ -74,8 +79,9 @@ def measure(
 
     say(f"{case.name}: timing")
     for name, run in runs.items():
-        rows[name]["kept_bytes"] = run.kept_bytes()
-    for name, times in interleave(runs, settings.repeats, SECONDS, settings.seed).items():
+        if run.path.learns:
+            rows[name]["kept_bytes"] = run.kept_bytes()
+    for name, times in interleave(runs, settings.repeats, SECONDS, settings.seed, case.once).items():
         rows[name]["ms"] = summary(times)
         rows[name]["repeats"] = len(times)
     runs.clear()
@@ -86,25 +92,39 @@ def measure(
                 say(f"{case.name}: peak memory of {name}")
                 row["peak_bytes"] = rss.peak_bytes(case, trained.net, batch, name)
     for row in rows.values():
-        _compare(case, row, rows[STOCK], settings.judged)
+        _compare(case, row, rows, settings.judged)
     result["rows"] = list(rows.values())
     return result
 
 
-def _compare(case: Case, row: dict[str, Any], stock: dict[str, Any], judged: bool) -> None:
+def _compare(case: Case, row: dict[str, Any], rows: Mapping[str, dict[str, Any]], judged: bool) -> None:
     """Ratios to stock, and what becomes of the targets."""
-    if "ms" not in row or "ms" not in stock:
+    stock = rows.get(PATHS[row["path"]].against, {})
+    if "ms" in row and "ms" in stock:
+        row["ratio"] = {part: stock["ms"][part]["median"] / row["ms"][part]["median"] for part in row["ms"]}
+        for share, size in (("kept_share", "kept_bytes"), ("peak_share", "peak_bytes")):
+            if size in row and size in stock:
+                row[share] = row[size] / max(1, stock[size])
+    if "ms" not in row:
         return
-    row["ratio"] = {part: stock["ms"][part]["median"] / row["ms"][part]["median"] for part in row["ms"]}
-    row["kept_share"] = row["kept_bytes"] / max(1, stock["kept_bytes"])
-    if "peak_bytes" in row and "peak_bytes" in stock:
-        row["peak_share"] = row["peak_bytes"] / max(1, stock["peak_bytes"])
     row["targets"] = []
     for target in TARGETS if judged else ():
-        if (target.case, target.path) == (case.name, row["path"]):
-            got = row["kept_share"] if target.quantity == "kept" else row["ratio"][target.quantity]
+        against = rows.get(target.against, {})
+        if (target.case, target.path) == (case.name, row["path"]) and "ms" in against:
+            got = _got(case, target, row, against)
             entry = {"target": target.text, "quantity": target.quantity, "got": got, "reached": target.reached(got)}
             row["targets"].append(entry)
+
+
+def _got(case: Case, target: Target, row: dict[str, Any], against: dict[str, Any]) -> float:
+    """What there is of the target's quantity."""
+    if target.quantity == "kept":
+        return float(row["kept_bytes"]) / max(1, against["kept_bytes"])
+    part = "whole" if target.quantity == "recording" else target.quantity
+    ours, theirs = row["ms"][part]["median"], against["ms"][part]["median"]
+    if target.quantity == "recording":
+        return float(1e3 * (ours - SLACK * theirs) / recorded_calls(case))
+    return float(theirs / ours)
 
 
 def _plain(value: Any) -> Any:

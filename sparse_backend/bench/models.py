@@ -1,103 +1,78 @@
-"""The networks of the benchmark, written as their frameworks' users write them."""
+"""What the benchmark asks of a framework, and what its networks give back.
+
+The networks themselves are in `for_snntorch.py` and `for_norse.py`, written as their frameworks' users write them.
+"""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
-from sparse_backend import EventTensor, functional
-from sparse_backend.bench.cases import BTh, Case
+from sparse_backend.surrogate import SpikeGrad
 
-BETA = math.exp(-1 / 10)  # a time constant of 10 steps
-READOUT_GAIN = 1.0
-
-#: named as they are printed
-SURROGATES: dict[str, tuple[str, Callable[[], Any]]] = {
-    "fast_sigmoid": ("fast_sigmoid(slope=100)", lambda: _snntorch().surrogate.fast_sigmoid(slope=100)),
-    "atan": ("atan(), snnTorch's default", lambda: _snntorch().surrogate.atan()),
-}
+if TYPE_CHECKING:
+    from sparse_backend.bench.cases import Case
 
 
 class Output(NamedTuple):
-    """Of the readout: spikes and membrane [T, B, classes]."""
+    """Of a network's forward pass over [T, B, ...]."""
 
-    spikes: Tensor | EventTensor
-    mem: Tensor
-
-
-def _snntorch() -> Any:
-    import snntorch
-    import snntorch.surrogate
-
-    return snntorch
+    spikes: Any  #: of the readout [T, B, classes]; None where it has none
+    mem: Tensor  #: of the readout [T, B, classes]
+    hidden: Sequence[Any] = ()  #: spikes of the hidden layers [T, B, ...], where the network's `return_hidden` is set
 
 
-class LeakyNet(nn.Module):
-    """Plain snnTorch: hidden layers of `Leaky` behind `Linear`, a readout without reset, a loop over the steps."""
-
-    def __init__(self, sizes: Sequence[int], spike_grad: Any) -> None:
-        super().__init__()
-        snn = _snntorch()
-        self.linears = nn.ModuleList(nn.Linear(m, n) for m, n in itertools.pairwise(sizes))
-        self.neurons = nn.ModuleList(snn.Leaky(beta=BETA, spike_grad=spike_grad) for _ in sizes[1:-1])
-        self.neurons.append(snn.Leaky(beta=BETA, spike_grad=spike_grad, reset_mechanism="none"))
-        for neuron in self.neurons:  # the class's list of all neurons would keep every benchmarked one alive
-            snn.SpikingNeuron.instances.remove(neuron)
-        for linear in self.linears:
-            nn.init.normal_(linear.weight, std=READOUT_GAIN / math.sqrt(linear.in_features))
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, x: Tensor) -> Output:  # [T, B, inputs]
-        mems = [neuron.reset_mem() for neuron in self.neurons]
-        spk_rec, mem_rec = [], []
-        for step in range(x.shape[0]):
-            spk = x[step]
-            for layer, (linear, neuron) in enumerate(zip(self.linears, self.neurons, strict=True)):
-                spk, mems[layer] = neuron(linear(spk), mems[layer])
-            spk_rec.append(spk)
-            mem_rec.append(mems[-1])
-        return Output(torch.stack(spk_rec), torch.stack(mem_rec))
+#: makes of a population's number, counted from the input, and its surrogate what is used in its stead
+Wrap = Callable[[int, SpikeGrad], SpikeGrad]
 
 
-def sequence_forward(net: LeakyNet, x: Tensor | EventTensor, b_th: BTh) -> Output:
-    """The same network and weights through `functional`, layer by layer. x: [T, B, inputs]."""
-    result = functional.LeakySequence(x, x)  # type: ignore[arg-type]
-    for layer in range(len(net.linears)):
-        result = run_layer(net, layer, result.spikes, b_th, return_mem=layer == len(net.linears) - 1)
-    return Output(*result)
+class Framework(Protocol):
+    """One module for each framework."""
+
+    SURROGATES: Mapping[str, tuple[str, Callable[[], Any]]]  #: as printed, and how it is made
+    NETS: Mapping[str, Callable[[Case], nn.Module]]
+
+    def given(self, case: Case) -> AbstractContextManager[None]:
+        """What holds of the framework itself while the case is measured."""
+
+    def surrogate_of(self, net: Any) -> SpikeGrad:
+        """The hidden layers'."""
+
+    def currents(self, net: Any) -> list[list[nn.Parameter]]:
+        """The parameters behind each hidden layer's current."""
+
+    def intercepted(self, net: Any, wrap: Wrap) -> AbstractContextManager[None]:
+        """The stock network with every surrogate wrapped."""
+
+    def exact(self, net: Any) -> Any:
+        """A copy in float64, spikes included."""
+
+    def oracle(self, net: Any) -> Callable[[Any], Output]:
+        """Stock's forward pass, in a form that computes the same faster where there is one."""
 
 
-def run_layer(
-    net: LeakyNet, layer: int, x: Tensor | EventTensor, b_th: BTh, return_mem: bool
-) -> functional.LeakySequence:
-    linear: Any = net.linears[layer]
-    neuron: Any = net.neurons[layer]
-    return functional.linear_leaky(
-        x,
-        linear.weight,
-        linear.bias,
-        beta=neuron.beta,
-        threshold=neuron.threshold,
-        spike_grad=neuron.spike_grad,
-        b_th=b_th,
-        reset=neuron.reset_mechanism,
-        return_mem=return_mem,
-    )
+FRAMEWORKS = {"snntorch": "for_snntorch", "norse": "for_norse"}
 
 
-def build(case: Case) -> LeakyNet:
+def framework_of(case: Case) -> Framework:
+    return cast(Framework, importlib.import_module(f"sparse_backend.bench.{FRAMEWORKS[case.framework]}"))
+
+
+def build(case: Case) -> nn.Module:
     """The case's network with random weights, from torch's generator."""
-    return MODELS[case.framework]((case.inputs, *case.hidden, case.classes), SURROGATES[case.surrogate][1]())
+    return framework_of(case).NETS[case.net](case)
 
 
-MODELS: dict[str, Callable[[Sequence[int], Any], LeakyNet]] = {"snntorch": LeakyNet}
+def loss_of(output: Output, labels: Tensor, samples: Tensor | None = None) -> Tensor:
+    """Cross entropy on the maximum over time of the readout's membrane (the paper's appendix E.4).
 
-
-def loss_of(output: Output, labels: Tensor) -> Tensor:
-    """Cross entropy on the maximum over time of the readout's membrane (the paper's appendix E.4). labels: [B]."""
-    return nn.functional.cross_entropy(output.mem.max(dim=0).values, labels)
+    labels: [B]; samples: indices of those that count, all if None.
+    """
+    most = output.mem.max(dim=0).values
+    if samples is not None:
+        most, labels = most[samples], labels[samples]
+    return nn.functional.cross_entropy(most, labels)

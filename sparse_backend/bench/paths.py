@@ -11,13 +11,28 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_backend import EventTensor
-from sparse_backend.bench.cases import LOOP, LOOP_EVENTS, SEQUENCE, SEQUENCE_EVENTS, STEP, STOCK, BTh
+from sparse_backend.bench.cases import (
+    CELLS,
+    CELLS_EVENTS,
+    ENABLED,
+    ENABLED_EVENTS,
+    LOOP,
+    LOOP_EVENTS,
+    LOOP_NO_GRAD,
+    MENDED,
+    SEQUENCE,
+    SEQUENCE_EVENTS,
+    STEP,
+    STOCK,
+    STOCK_NO_GRAD,
+    BTh,
+)  # fmt: skip
 from sparse_backend.bench.inputs import Batch
 from sparse_backend.bench.memory import kept_bytes
-from sparse_backend.bench.models import LeakyNet, Output, loss_of, sequence_forward
+from sparse_backend.bench.models import Output, loss_of
 
 
 class Unavailable(RuntimeError):
@@ -31,18 +46,29 @@ class Path:
     name: str
     label: str
     input: Literal["dense", "events"]
-    prepare: Callable[[LeakyNet, BTh], Callable[[Any], Output]]
+    prepare: Callable[[Any, BTh], Callable[[Any], Output]]
+    masked: bool = True  #: whether its gradient is the sparse one, or stock's own
+    learns: bool = True  #: whether there is a backward pass
+    against: str = STOCK  #: the path whose medians its ratios are of
 
 
-def _stock(net: LeakyNet, b_th: BTh) -> Callable[[Any], Output]:
-    return net
+def _stock(net: Any, b_th: BTh) -> Callable[[Any], Output]:
+    return net  # type: ignore[no-any-return]
 
 
-def _sequence(net: LeakyNet, b_th: BTh) -> Callable[[Any], Output]:
+def _mended(net: Any, b_th: BTh) -> Callable[[Any], Output]:
+    from sparse_backend.bench.for_norse import mended
+
+    return mended(net)
+
+
+def _sequence(net: Any, b_th: BTh) -> Callable[[Any], Output]:
+    from sparse_backend.bench.for_snntorch import sequence_forward
+
     return partial(sequence_forward, net, b_th=b_th)
 
 
-def _loop(net: LeakyNet, b_th: BTh, fuse_time: bool = True) -> Callable[[Any], Output]:
+def enabled(net: Any, b_th: BTh, fuse_time: bool = True) -> Any:
     try:
         from sparse_backend import enable
 
@@ -53,31 +79,52 @@ def _loop(net: LeakyNet, b_th: BTh, fuse_time: bool = True) -> Callable[[Any], O
         raise Unavailable(f"sparse_backend.enable is not here ({error})") from error
 
 
+def _cells(net: Any, b_th: BTh) -> Callable[[Any], Output]:
+    from sparse_backend.bench.for_norse import CellNet
+
+    return enabled(CellNet(net), b_th)  # type: ignore[no-any-return]
+
+
 PATHS: dict[str, Path] = {
     path.name: path
     for path in (
-        Path(STOCK, "stock", "dense", _stock),
+        Path(STOCK, "stock", "dense", _stock, masked=False),
+        Path(MENDED, "stock, mended by unbind", "dense", _mended, masked=False),
         Path(SEQUENCE, "sequence, dense input", "dense", _sequence),
         Path(SEQUENCE_EVENTS, "sequence, event input", "events", _sequence),
-        Path(LOOP, "unmodified loop, fused, dense input", "dense", _loop),
-        Path(LOOP_EVENTS, "unmodified loop, fused, event input", "events", _loop),
-        Path(STEP, "unmodified loop, step form", "dense", partial(_loop, fuse_time=False)),
+        Path(ENABLED, "enabled, dense input", "dense", enabled),
+        Path(ENABLED_EVENTS, "enabled, event input", "events", enabled),
+        Path(LOOP, "unmodified loop, fused, dense input", "dense", enabled),
+        Path(LOOP_EVENTS, "unmodified loop, fused, event input", "events", enabled),
+        Path(STEP, "unmodified loop, step form", "dense", partial(enabled, fuse_time=False)),
+        Path(CELLS, "enabled cells in a loop, fused, dense input", "dense", _cells),
+        Path(CELLS_EVENTS, "enabled cells in a loop, fused, event input", "events", _cells),
+        Path(STOCK_NO_GRAD, "stock, no_grad", "dense", _stock, masked=False, learns=False, against=STOCK_NO_GRAD),
+        Path(LOOP_NO_GRAD, "unmodified loop, fused, no_grad", "dense", enabled, learns=False, against=STOCK_NO_GRAD),
     )
 }
 
 
 class Times(NamedTuple):
-    """Seconds of one training step."""
+    """Seconds of one training step, of its forward pass alone where the path does not learn."""
 
     forward: float  #: and the loss
-    backward: float
-    whole: float  #: with zero_grad and the optimiser's step
+    backward: float | None = None
+    whole: float | None = None  #: with zero_grad and the optimiser's step
+
+
+class Evaluation(NamedTuple):
+    """What a path computes."""
+
+    loss: float
+    mem: Tensor  #: [T, B, classes]
+    gradients: dict[str, Tensor]  #: by name of the parameter; none where the path does not learn
 
 
 class Run:
     """One path on one batch, with a copy of the network of its own."""
 
-    def __init__(self, path: Path, net: LeakyNet, b_th: BTh, batch: Batch, dense: Tensor | None = None) -> None:
+    def __init__(self, path: Path, net: Any, b_th: BTh, batch: Batch, dense: Tensor | None = None) -> None:
         """dense: the batch's dense form where several runs share one. The weights' dtype is the input's."""
         self.path = path
         self.net = copy.deepcopy(net)
@@ -92,11 +139,16 @@ class Run:
         # Learning rate 0: every repeat sees the same weights, of a new version, as in training.
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.0)
 
-    def loss(self) -> Tensor:
-        return loss_of(self.forward(self.input), self.labels)
+    def loss(self, samples: Tensor | None = None) -> Tensor:
+        return loss_of(self.forward(self.input), self.labels, samples)
 
     def step(self) -> Times:
         """One training step."""
+        if not self.path.learns:
+            begin = time.perf_counter()
+            with torch.no_grad():
+                self.loss()
+            return Times(time.perf_counter() - begin)
         start = time.perf_counter()
         self.optimizer.zero_grad()
         begin = time.perf_counter()
@@ -107,6 +159,29 @@ class Run:
         self.optimizer.step()
         del loss
         return Times(middle - begin, end - middle, time.perf_counter() - start)
+
+    def hidden(self) -> list[Tensor]:
+        """Where the hidden layers spike, [T, B, ...] each, in the pass that is timed but for what it gives back."""
+        owners = [owner for owner in (self.net, self.forward) if isinstance(owner, nn.Module)]
+        for owner in owners:
+            owner.return_hidden = True  # type: ignore[assignment]
+        try:
+            with torch.set_grad_enabled(self.path.learns):
+                found = self.forward(self.input).hidden
+        finally:
+            for owner in owners:
+                owner.return_hidden = False  # type: ignore[assignment]
+        return [(z.to_dense() if isinstance(z, EventTensor) else z).detach() != 0 for z in found]
+
+    def evaluate(self, samples: Tensor | None = None) -> Evaluation:
+        """One pass; the loss, and with it the gradients, are of these samples."""
+        with torch.set_grad_enabled(self.path.learns):
+            output = self.forward(self.input)
+            loss = loss_of(output, self.labels, samples)
+            if self.path.learns:
+                self.optimizer.zero_grad()
+                loss.backward()
+        return Evaluation(loss.item(), output.mem.detach(), self.gradients() if self.path.learns else {})
 
     def gradients(self) -> dict[str, Tensor]:
         return {

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparse_backend import EventTensor
 from sparse_backend.bench.cases import Case
 from sparse_backend.bench.inputs import Batch
-from sparse_backend.bench.models import LeakyNet, build
+from sparse_backend.bench.models import build, framework_of
 from sparse_backend.bench.paths import PATHS, Run
 
 
-def peak_bytes(case: Case, net: LeakyNet, batch: Batch, path: str) -> int:
+def peak_bytes(case: Case, net: nn.Module, batch: Batch, path: str) -> int:
     """By how much the step's peak resident memory exceeds what the process held before, input and model included.
 
     Raises RuntimeError with the child's last words if it fails.
@@ -55,13 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     content: dict[str, Any] = torch.load(file, weights_only=True)
     torch.set_num_threads(content["threads"])
     case = Case.from_dict(content["case"])
+    with framework_of(case).given(case):
+        return _measure(case, content, path)
+
+
+def _measure(case: Case, content: dict[str, Any], path: str) -> int:
     net = build(case)
     net.load_state_dict(content["state"])
     shape, row_ptr, indices = content["events"]
-    batch = Batch(EventTensor(shape, row_ptr, indices), content["labels"])
+    batch = Batch(EventTensor(shape, row_ptr, indices), content["labels"], case.image)
     content.clear()
 
-    warm = Batch(EventTensor((2, 1, case.inputs), row_ptr[:3] * 0, indices[:0]), batch.labels[:1])
+    warm = Batch(EventTensor((2, 1, case.inputs), row_ptr[:3] * 0, indices[:0]), batch.labels[:1], case.image)
     Run(PATHS[path], net, case.b_th, warm).step()  # libraries, threads, the kernels
     run = Run(PATHS[path], net, case.b_th, batch)
     gc.collect()

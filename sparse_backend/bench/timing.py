@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from statistics import median, quantiles
 
 from sparse_backend.bench.paths import Run, Times
@@ -13,14 +13,18 @@ from sparse_backend.bench.paths import Run, Times
 FEWEST, MOST = 5, 25
 
 
-def interleave(runs: Mapping[str, Run], repeats: int | None, seconds: float, seed: int) -> dict[str, list[Times]]:
+def interleave(
+    runs: Mapping[str, Run], repeats: int | None, seconds: float, seed: int, once: Collection[str] = ()
+) -> dict[str, list[Times]]:
     """Time `repeats` training steps of every run, after one to warm up.
 
-    With `repeats` None, as many as fit in `seconds`, between `FEWEST` and `MOST`.
+    With `repeats` None, as many as fit in `seconds`, between `FEWEST` and `MOST`. once: runs that are timed a single
+    time, among the others' first, and not warmed up.
     """
     start = time.perf_counter()
-    for run in runs.values():
-        run.step()
+    for name, run in runs.items():
+        if name not in once:
+            run.step()
     one_round = time.perf_counter() - start
     if repeats is None:
         repeats = min(max(int(seconds / max(one_round, 1e-9)), FEWEST), MOST)
@@ -29,12 +33,13 @@ def interleave(runs: Mapping[str, Run], repeats: int | None, seconds: float, see
     times: dict[str, list[Times]] = {name: [] for name in runs}
     collecting = gc.isenabled()
     try:
-        for _ in range(repeats):
+        for repeat in range(repeats):
             gc.collect()
             gc.disable()
             shuffle(order)
             for name in order:
-                times[name].append(runs[name].step())
+                if not (repeat and name in once):
+                    times[name].append(runs[name].step())
             if collecting:
                 gc.enable()
     finally:
@@ -44,10 +49,12 @@ def interleave(runs: Mapping[str, Run], repeats: int | None, seconds: float, see
 
 
 def summary(times: list[Times]) -> dict[str, dict[str, float]]:
-    """Milliseconds: median and quartiles of each part of the step."""
+    """Milliseconds: median and quartiles of each part of the step that there is."""
     result = {}
     for part in Times._fields:
-        values = [1e3 * getattr(one, part) for one in times]
+        values = [1e3 * seconds for one in times if (seconds := getattr(one, part)) is not None]
+        if not values:
+            continue
         low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
         result[part] = {"median": median(values), "low": low, "high": high}
     return result

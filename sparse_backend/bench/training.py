@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparse_backend.bench.cases import Case
 from sparse_backend.bench.inputs import Batch, Inputs
-from sparse_backend.bench.models import LeakyNet, build, loss_of, run_layer, sequence_forward
+from sparse_backend.bench.models import build, framework_of, loss_of
+from sparse_backend.bench.paths import enabled
 from sparse_backend.policy import resolve_b_th
+from sparse_backend.surrogate import SpikeGrad
 
 LEARNING_RATE = 3e-4
 BATCHES = 4  # drawn once and gone through again and again
@@ -34,48 +38,54 @@ class Activity:
 
 @dataclass(frozen=True)
 class Trained:
-    net: LeakyNet
+    net: Any
     steps: int
     first_loss: float
     last_loss: float
 
 
-def band(net: LeakyNet, case: Case) -> float:
+def band(net: Any, case: Case) -> float:
     """The number that the case's b_th stands for."""
-    return resolve_b_th(case.b_th, net.neurons[0].spike_grad)  # type: ignore[arg-type]
+    return resolve_b_th(case.b_th, framework_of(case).surrogate_of(net))
 
 
 @torch.no_grad()
-def measure_activity(net: LeakyNet, case: Case, batch: Batch, layers: int | None = None) -> Activity:
-    """What the hidden layers do on a batch, or the first `layers` of them."""
-    width = band(net, case)
-    spikes, active = [], []
-    x = batch.events
-    for layer in range(len(case.hidden) if layers is None else layers):
-        result = run_layer(net, layer, x, case.b_th, return_mem=True)
-        x = result.spikes
-        spikes.append(100 * x.density)
-        inside = (result.mem - net.neurons[layer].threshold).abs_() < width
-        active.append(100 * float(inside.float().mean()))
-    return Activity(tuple(spikes), tuple(active))
+def measure_activity(net: Any, case: Case, batch: Batch, width: float | None = None) -> Activity:
+    """What the hidden layers do on a batch, counted as stock runs. width: of the band, where it is known."""
+    reach = band(net, case) if width is None else width
+    counts = torch.zeros(len(case.hidden), 3)  # spikes, active, all
+
+    def counted(layer: int, spike_grad: SpikeGrad) -> SpikeGrad:
+        def inner(x: Tensor) -> Tensor:
+            if layer < len(counts):
+                spikes, active = x.gt(0).sum(), (x.abs() < reach).sum()
+                counts[layer] += torch.stack([spikes, active, torch.tensor(x.numel())])
+            return spike_grad(x)
+
+        return inner
+
+    with framework_of(case).intercepted(net, counted):
+        net(batch.dense())
+    spikes, active, entries = counts.double().unbind(1)
+    return Activity(tuple((100 * spikes / entries).tolist()), tuple((100 * active / entries).tolist()))
 
 
 @torch.no_grad()
-def calibrate(net: LeakyNet, case: Case, batch: Batch) -> None:
+def calibrate(net: Any, case: Case, batch: Batch) -> None:
     """Scale the hidden layers' weights, one after the other, until each is as active as the case asks.
 
     Activity rises with the weights and then saturates: the scale is searched upwards from far below, and where the
     aim cannot be had the nearest is taken.
     """
-    for layer in range(len(case.hidden)):
-        weight: Any = net.linears[layer].weight
+    width = band(net, case)
+    for layer, (weight, *_) in enumerate(framework_of(case).currents(net)):
         initial = weight.clone()
         scale, factor, most = 0.02, 1.25, 0.0
         nearest = (math.inf, scale)
         for _ in range(60):
             weight.copy_(initial * scale)
-            activity = measure_activity(net, case, batch, layer + 1)
-            got = (activity.active if case.aim_at == "active" else activity.spikes)[-1]
+            activity = measure_activity(net, case, batch, width)
+            got = (activity.active if case.aim_at == "active" else activity.spikes)[layer]
             nearest = min(nearest, (abs(got - case.aim), scale))
             if got >= case.aim:
                 scale, factor = scale / factor, factor**0.5
@@ -89,7 +99,7 @@ def calibrate(net: LeakyNet, case: Case, batch: Batch) -> None:
 
 
 def train(case: Case, inputs: Inputs, seed: int) -> Trained:
-    """A network trained with our own sequence form, as active at the end as the case asks for.
+    """A network trained with sparse gradients, as active at the end as the case asks for.
 
     Training alone drives activity up, to a level that depends on the task; a homeostatic scaling of the hidden layers
     in between, as modellers of such networks use it, keeps it where it is wanted.
@@ -99,38 +109,44 @@ def train(case: Case, inputs: Inputs, seed: int) -> Trained:
     torch.manual_seed(seed)
     net = build(case)
     calibrate(net, case, sample)
+    # a twin on the same parameters: activity is counted on the network itself
+    twin = enabled(copy.deepcopy(net, {id(parameter): parameter for parameter in net.parameters()}), case.b_th)
     optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
+
+    def loss(batch: Batch) -> Tensor:
+        return loss_of(twin(batch.dense() if batch.image else batch.events), batch.labels)
+
     losses = []
     for step in range(case.train_steps):
-        batch = batches[step % len(batches)]
         optimizer.zero_grad()
-        loss = loss_of(sequence_forward(net, batch.events, case.b_th), batch.labels)
-        loss.backward()
+        one = loss(batches[step % len(batches)])
+        one.backward()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(one.item())
         if step % SCALE_EVERY == SCALE_EVERY - 1:
             rescale(net, case, sample)
     for _ in range(SCALE_LAST):
         if rescale(net, case, sample) < CLOSE:
             break
     with torch.no_grad():
-        losses.append(loss_of(sequence_forward(net, batches[0].events, case.b_th), batches[0].labels).item())
+        losses.append(loss(batches[0]).item())
     optimizer.zero_grad()
     return Trained(net, case.train_steps, losses[0], losses[-1])
 
 
 @torch.no_grad()
-def rescale(net: LeakyNet, case: Case, sample: Batch) -> float:
+def rescale(net: Any, case: Case, sample: Batch) -> float:
     """Scale each hidden layer's current a little towards the case's activity; returns by what factor the worst was
     off before."""
     worst = 1.0
     activity = measure_activity(net, case, sample)
+    currents = framework_of(case).currents(net)
     for layer, got in enumerate(activity.active if case.aim_at == "active" else activity.spikes):
         if case.aim_at == "active" and got < case.aim and activity.spikes[layer] > 2 * got:
             continue  # driven so hard that it crosses the band in one step: more current would not help
         ratio = case.aim / max(got, 1e-3 * case.aim)
         worst = max(worst, ratio, 1 / ratio)
         factor = min(max(ratio**0.2, 0.9), 1.1)
-        net.linears[layer].weight *= factor  # type: ignore[operator]
-        net.linears[layer].bias *= factor  # type: ignore[operator]
+        for parameter in currents[layer]:
+            parameter *= factor
     return worst

@@ -118,4 +118,7 @@ def fuse_time(net: nn.Module) -> Iterator[None]:
         into.abandon()
         raise
     into.finish()
+    state = net.__dict__.get("_sparse_backend")
+    if type(state) is FusionState:
+        state.longest, state.forced_by, state.forced = into.longest, into.forced_by, into.forced
     _settle(net)

@@ -180,7 +180,7 @@ def _stacked(tensors: Any, dim: int = 0, **_: Any) -> Any:
         return None
     if any(type(t) is not Placeholder or t._dense_only for t in tensors):
         return None
-    tensors[0].value()
+    tensors[0].run()
     refs = [t.ref for t in tensors]
     pieces: list[Any] = []
     while refs:
@@ -256,8 +256,7 @@ def _batch_norm(into: Recording, *args: Any, **kwargs: Any) -> Any:
     if type(given.get("input")) is not Placeholder or len(args) > len(names):
         return None
     if not training:
-        pending = into.sites.get(("writes", id(mean), id(var)))
-        if pending is not None and pending.queue:
+        if into.has_queued_writes(mean, var):
             return None
         return _record(into, F.batch_norm, args, kwargs, samplewise=0)
     return _record(into, F.batch_norm, args, kwargs, writes=tuple(t for t in (mean, var) if t is not None))
@@ -287,11 +286,8 @@ def _record(
         tuple([t.spec if type(t) is Placeholder else (t.shape, t.dtype, t.requires_grad) for t in tensors]),
     )  # fmt: skip
     site: Any = into.sites.get(key)
-    if writes:
-        written = ("writes", *map(id, writes))
-        other = into.sites.get(written)
-        if other is not None and other is not site and other.queue:
-            return None  # other settings on the same statistics: what is recorded runs first
+    if writes and into.has_queued_writes(*writes) and into.writer_of(*writes) is not site:
+        return None  # other settings on the same statistics: what is recorded runs first
     if site is None:
         known = _shape_of(function, frame, names, tensors, fixed)
         if known is None:
@@ -314,7 +310,7 @@ def _record(
     elif not site.queue:
         site.read_again()
     if writes:
-        into.sites[written] = site
+        into.will_write(site, *writes)
     for tensor in tensors:
         if type(tensor) is not Placeholder:
             into.watch(tensor)

@@ -128,13 +128,17 @@ class Placeholder(TensorLike):
     def learns(self) -> bool:  # type: ignore[override]
         return self.spec.learns
 
+    def run(self) -> None:
+        """Run the recording if it has not run yet."""
+        if self.ref[0].run is None:
+            self.spec.recording.flush(forced=True)
+
     def value(self) -> Any:
-        """The tensor or EventTensor this stands for; runs the recording if it has not run yet."""
+        """The tensor or EventTensor this stands for."""
         if self._dense_only:
             return self._dense
+        self.run()
         node, slot = self.ref
-        if node.run is None:
-            self.spec.recording.flush(forced=True)
         return node.run.get(slot, node.index)  # type: ignore[union-attr]
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
@@ -290,6 +294,17 @@ class Recording:
                     "read it and before that call ran. Change it before the loop or after its results are used, or "
                     "run step by step: sparse_backend.enable(net, fuse_time=False)"
                 )
+
+    def will_write(self, site: Site, *written: Tensor) -> None:
+        """Calls of this site write these tensors; all calls that do run in their order."""
+        self.sites[tuple(map(id, written))] = site
+
+    def writer_of(self, *written: Tensor | None) -> Site | None:
+        return self.sites.get(tuple(map(id, written)))
+
+    def has_queued_writes(self, *written: Tensor | None) -> bool:
+        site = self.writer_of(*written)
+        return site is not None and bool(site.queue)
 
     def input_ref(self, x: Any) -> Any:
         """How a node remembers an input: a placeholder of this recording by its node, anything else as it is."""

@@ -167,7 +167,8 @@ class LinearSite(Site):
 
     def still_learns(self) -> bool:
         """Whether weight and bias require grad as they did."""
-        return all([tensor.requires_grad is learned for tensor, _, learned in self.reads])
+        same = self.weight.requires_grad is self.reads[0][2]
+        return same and (self.bias is None or self.bias.requires_grad is self.reads[1][2])
 
     def forget(self) -> None:
         super().forget()

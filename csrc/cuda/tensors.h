@@ -1,0 +1,212 @@
+// What the CUDA ops share between torch's stable ABI and the launchers: the device, checked pointers, laid-out weights.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+
+// Where kernels run on the CPU (tests/emulation), these say so, and every buffer they may touch is made known.
+#ifndef SPARSE_BACKEND_LIBRARY
+#define SPARSE_BACKEND_LIBRARY sparse_backend
+#define SPARSE_BACKEND_KEY CUDA
+#define SPARSE_BACKEND_IS_OURS(tensor) (tensor).is_cuda()
+#define SPARSE_BACKEND_ANNOUNCE(data, bytes) (void)0
+#endif
+
+namespace sparse_backend {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+template <typename T>
+constexpr ScalarType scalar_type();
+template <>
+constexpr ScalarType scalar_type<float>() {
+    return ScalarType::Float;
+}
+template <>
+constexpr ScalarType scalar_type<double>() {
+    return ScalarType::Double;
+}
+template <>
+constexpr ScalarType scalar_type<int32_t>() {
+    return ScalarType::Int;
+}
+template <>
+constexpr ScalarType scalar_type<uint8_t>() {
+    return ScalarType::Byte;
+}
+
+inline std::string device_name(const Tensor& tensor) {
+    return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : tensor.is_cpu() ? "cpu" : "another";
+}
+
+// The device of an op's tensors: torch's current one while this lives, its work on torch's current stream there.
+class Device {
+  public:
+    Device(const Tensor& like, const char* name) : like_(like), index_(like.get_device_index()) {
+        STD_TORCH_CHECK(SPARSE_BACKEND_IS_OURS(like), name, ": expected a CUDA tensor, as another one is, got one on ",
+                        device_name(like), ". Move it with .to()");
+        if (like.is_cuda()) guard_.emplace(index_);
+        if (like.is_cuda()) TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+    }
+    Stream stream() const { return stream_; }
+    int32_t index() const { return index_; }
+
+    // Whether work is being captured into a CUDA graph: then nothing may wait for the device.
+    bool capturing() const {
+        bool yes = false;
+        check(is_capturing(stream_, yes));
+        return yes;
+    }
+
+    // Raises for what a launcher returned.
+    void check(int code) const { STD_TORCH_CHECK(code == 0, "CUDA: ", error_text(code)); }
+
+    void expect_here(const Tensor& tensor, const char* name) const {
+        STD_TORCH_CHECK(tensor.is_cuda() == like_.is_cuda() && tensor.get_device_index() == index_, name,
+                        ": expected a tensor on ", device_name(like_), " as the other tensors, got ",
+                        device_name(tensor), ". Move it with .to()");
+    }
+
+    template <typename T>
+    const T* read(const Tensor& tensor, const char* name) const {
+        expect_here(tensor, name);
+        STD_TORCH_CHECK(tensor.scalar_type() == scalar_type<T>(), name,
+                        ": expected a tensor of the other tensors' dtype");
+        STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+        return write<T>(tensor);
+    }
+    template <typename T>
+    const T* read(const MaybeTensor& tensor, const char* name) const {
+        return tensor.has_value() ? read<T>(*tensor, name) : nullptr;
+    }
+
+    // Of a contiguous tensor made here, or checked.
+    template <typename T>
+    T* write(const Tensor& tensor) const {
+        auto* data = static_cast<T*>(tensor.data_ptr());
+        SPARSE_BACKEND_ANNOUNCE(data, static_cast<size_t>(tensor.numel()) * sizeof(T));
+        return data;
+    }
+
+    Tensor ints(std::vector<int64_t> shape) const { return make(std::move(shape), ScalarType::Int); }
+    Tensor longs(std::vector<int64_t> shape) const { return make(std::move(shape), ScalarType::Long); }
+    Tensor make(std::vector<int64_t> shape, ScalarType type) const {
+        return torch::stable::new_empty(like_, shape, type);
+    }
+    template <typename T>
+    Tensor make(std::vector<int64_t> shape) const {
+        return make(std::move(shape), scalar_type<T>());
+    }
+    template <typename T>
+    Tensor zeros(std::vector<int64_t> shape) const {
+        Tensor out = make<T>(std::move(shape));
+        check(zero(write<T>(out), out.numel() * static_cast<int64_t>(sizeof(T)), stream_));
+        return out;
+    }
+
+    // Steps of a sequence whose scratch of `bytes_per_step` stays in half the second-level cache.
+    int64_t steps_in_cache(int64_t steps, int64_t bytes_per_step) const {
+        int64_t bytes = 0;
+        check(l2_bytes(bytes));
+        const int64_t fit = bytes / 2 / (bytes_per_step > 0 ? bytes_per_step : 1);
+        return fit < 1 ? 1 : fit < steps ? fit : steps;
+    }
+
+  private:
+    const Tensor& like_;
+    int32_t index_;
+    Stream stream_ = nullptr;
+    std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+inline MaybeTensor contiguous(const MaybeTensor& tensor) {
+    return tensor.has_value() ? MaybeTensor(torch::stable::contiguous(*tensor)) : tensor;
+}
+
+inline Rows rows(const Device& on, const MaybeTensor& row_ptr, const MaybeTensor& indices) {
+    return {on.read<int32_t>(row_ptr, "row_ptr"), on.read<int32_t>(indices, "indices")};
+}
+
+template <typename T>
+Events<T> events(const Device& on, const Tensor& row_ptr, const Tensor& indices, const MaybeTensor& values) {
+    Events<T> out;
+    static_cast<Rows&>(out) = {on.read<int32_t>(row_ptr, "row_ptr"), on.read<int32_t>(indices, "indices")};
+    out.values = on.read<T>(values, "values");
+    return out;
+}
+
+// Ranges of indices are on the device and are trusted, as in release builds of the CPU kernels.
+inline void check_events(const Tensor& row_ptr, int64_t n_rows, const char* name) {
+    STD_TORCH_CHECK(row_ptr.numel() == n_rows + 1, name, ": expected ", n_rows + 1, " row pointers, got ",
+                    row_ptr.numel());
+}
+
+template <typename T>
+PerNeuron<T> per_neuron(const Device& on, const Tensor& tensor, int64_t neurons, const char* name) {
+    STD_TORCH_CHECK(tensor.numel() == 1 || tensor.numel() == neurons, name, ": expected one entry or ", neurons,
+                    ", got ", tensor.numel());
+    return {on.read<T>(tensor, name), tensor.numel() == 1 ? 0 : 1};
+}
+
+template <typename T>
+const T* read_bias(const Device& on, const MaybeTensor& bias, int64_t neurons) {
+    STD_TORCH_CHECK(!bias.has_value() || bias->numel() == neurons, "bias: expected ", neurons, " entries, got ",
+                    bias.has_value() ? bias->numel() : 0);
+    return on.read<T>(bias, "bias");
+}
+
+// A weight [N, M] as kernels want it: a row per input, padded(N) apart, 16-byte aligned. Taken as it is where it
+// already lies so. What stands in the padding is never used.
+template <typename T>
+class PaddedWeight {
+  public:
+    PaddedWeight(const Device& on, const Tensor& weight) {
+        STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == scalar_type<T>(),
+                        "weight: expected [N, M] of the other tensors' dtype");
+        on.expect_here(weight, "weight");
+        const int64_t neurons = weight.size(0), inputs = weight.size(1), width = padded(neurons);
+        const auto* data = static_cast<const T*>(weight.data_ptr());
+        if (weight.numel() == 0) return;
+        if (weight.stride(0) == 1 && weight.stride(1) == width && reinterpret_cast<uintptr_t>(data) % 16 == 0) {
+            SPARSE_BACKEND_ANNOUNCE(data, static_cast<size_t>(inputs * width) * sizeof(T));
+            view_ = {data, width};
+            return;
+        }
+        SPARSE_BACKEND_ANNOUNCE(data, sizeof(T) * static_cast<size_t>((neurons - 1) * weight.stride(0) +
+                                                                      (inputs - 1) * weight.stride(1) + 1));
+        owned_ = on.make<T>({inputs, width});
+        view_ = {on.write<T>(*owned_), width};
+        on.check(
+            transpose(data, neurons, inputs, weight.stride(0), weight.stride(1), on.write<T>(*owned_), on.stream()));
+    }
+    const Weight<T>& get() const { return view_; }
+
+  private:
+    MaybeTensor owned_;
+    Weight<T> view_;
+};
+
+#define SPARSE_BACKEND_DISPATCH(tensor, name, ...)                                                            \
+    [&] {                                                                                                     \
+        if ((tensor).scalar_type() == ScalarType::Float) {                                                    \
+            using scalar_t = float;                                                                           \
+            return __VA_ARGS__();                                                                             \
+        }                                                                                                     \
+        STD_TORCH_CHECK((tensor).scalar_type() == ScalarType::Double, name, ": expected float32 or float64"); \
+        using scalar_t = double;                                                                              \
+        return __VA_ARGS__();                                                                                 \
+    }()
+
+}  // namespace sparse_backend

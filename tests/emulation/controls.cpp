@@ -1,0 +1,81 @@
+// What tests set and ask of the emulated device, through ctypes; kernels that are wrong, which it must notice; and the
+// one symbol of libtorch_cuda the ops refer to.
+#include <cstdint>
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+void reads_past_the_end(const int* data_, int* out_) {
+    const Global<const int> data(data_);
+    const Global<int> out(out_);
+    out[0] = data[threadIdx.x];
+}
+
+void writes_before_the_beginning(const int*, int* out_) {
+    const Global<int> out(out_);
+    out[static_cast<int>(threadIdx.x) - 1] = 0;
+}
+
+void loads_16_bytes_at_an_odd_place(const int* data_, int* out_) {
+    const Global<int> out(out_);
+    out[0] = *span(Global<const int>(data_), 1, 4);
+}
+
+void not_all_reach_the_barrier(const int*, int*) {
+    if (threadIdx.x == 0) __syncwarp();
+}
+
+void shuffles_from_outside_the_mask(const int*, int* out_) {
+    const int got = threadIdx.x < 16 ? __shfl_sync(0xffffu, 1, 20) : 0;
+    const Global<int> out(out_);
+    out[0] = got;
+}
+
+void hangs_on_the_order_of_threads(const int*, int* out_) {
+    static int last;
+    last = static_cast<int>(threadIdx.x);
+    const Global<int> out(out_);
+    out[0] = last;
+}
+
+}  // namespace
+
+EXPORTED void emulation_set(int order, int64_t l2_bytes) {
+    emulation::state().order = static_cast<emulation::Order>(order);
+    emulation::state().l2_bytes = l2_bytes;
+}
+
+// Work still runs at once, but waiting for it is an error.
+EXPORTED void emulation_capture(int on) {
+    emulation::state().capturing = on != 0;
+}
+
+EXPORTED int64_t emulation_launches() {
+    return emulation::state().launches;
+}
+
+EXPORTED int64_t emulation_synchronisations() {
+    return emulation::state().synchronisations;
+}
+
+// Runs a wrong kernel over 32 entries with 32 threads, or 33 of them; what the device says of it, "" where it is
+// content.
+EXPORTED const char* emulation_run_wrong(int which, int threads, int* out) {
+    using Kernel = void (*)(const int*, int*);
+    constexpr Kernel kernels[] = {
+        reads_past_the_end,        writes_before_the_beginning,    loads_16_bytes_at_an_odd_place,
+        not_all_reach_the_barrier, shuffles_from_outside_the_mask, hangs_on_the_order_of_threads};
+    alignas(16) static int data[32];
+    emulation::announce(data, sizeof data);
+    emulation::announce(out, sizeof *out);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(1), config.blockDim = dim3(static_cast<unsigned>(threads));
+    const int code = cudaLaunchKernelEx(&config, kernels[which], static_cast<const int*>(data), out);
+    return code == cudaSuccess ? "" : cudaGetErrorString(code);
+}
+
+EXPORTED int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+    *stream = nullptr;
+    return 0;
+}

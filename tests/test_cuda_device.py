@@ -1,0 +1,181 @@
+"""What only a GPU has: streams, several devices, captures, its memory. `make gpu-test` runs it.
+
+test_cuda_device_ops.py has the ops against their twins there; test_cuda_kernels.py, on the emulated device.
+"""
+
+from __future__ import annotations
+
+import emulation
+import pytest
+import test_ops as cases
+import torch
+from emulation import gpu
+from helpers import dyadic, generator, normal
+
+from sparse_backend import EventTensor
+from sparse_backend import functional as F
+from sparse_backend.ops import event_linear as event_linear_ops
+from sparse_backend.ops import events as event_ops
+from sparse_backend.ops import leaky as leaky_ops
+from sparse_backend.ops import leaky_dense as leaky_dense_ops
+from sparse_backend.ops import linear_leaky as linear_leaky_ops
+from sparse_backend.ops.leaky import LeakyOutput
+
+gpu.needed()
+
+F32, F64 = torch.float32, torch.float64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels():
+    gpu.load()
+
+
+def test_kernels_are_registered_for_cuda():
+    for op in emulation.OPS:
+        name = f"sparse_backend::{emulation.name_of(op)}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+
+
+def layer(dtype=F64, device="cuda", steps=40, batch=7, inputs=90, neurons=70):
+    random = generator(0)
+    x = (torch.rand(steps, batch, inputs, generator=random) < 0.05).to(dtype)
+    leaves = [
+        normal((neurons, inputs), 1, dtype, 0.4),
+        normal((neurons,), 2, dtype, 0.1),
+        normal((9, neurons), 3, dtype),
+    ]
+    return x.to(device), [leaf.to(device).requires_grad_() for leaf in leaves]
+
+
+def train(device, dtype=F64):
+    x, leaves = layer(dtype, device)
+    surrogate = cases.fast_sigmoid(5.0)
+    hidden, _ = F.linear_leaky(x, leaves[0], leaves[1], beta=0.9, threshold=1.0, spike_grad=surrogate, b_th=0.3)
+    spikes, _ = F.linear_leaky(hidden, leaves[2], beta=0.8, threshold=0.5, spike_grad=surrogate, b_th=0.3)
+    loss = spikes.to_dense().square().sum() + hidden.to_dense().sum()
+    loss.backward()
+    return [hidden.to_dense(), spikes.to_dense(), *(leaf.grad for leaf in leaves)]
+
+
+def test_layers_on_the_gpu_are_those_of_the_cpu():
+    ours = train("cuda")
+    assert all(tensor.is_cuda for tensor in ours)
+    for one, other in zip(ours, train("cpu"), strict=True):
+        cases.equal(one.detach().cpu(), other.detach().cpu())
+
+
+def test_runs_are_bit_for_bit_the_same():
+    first = train("cuda", F32)
+    for _ in range(5):
+        assert all(torch.equal(one, other) for one, other in zip(first, train("cuda", F32), strict=True))
+
+
+def test_another_stream_waits_for_nobody_else():
+    expected = event_ops.events_from_dense(dyadic((500, 300), 1).cuda(), 1.0)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        dense = torch.zeros(500, 300, device="cuda")
+        torch.cuda._sleep(20_000_000)  # kernels on another stream would see the zeros
+        dense.copy_(dyadic((500, 300), 1))
+        got = event_ops.events_from_dense(dense, 1.0)
+    stream.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_current():
+    x = event_ops.events_from_dense(torch.eye(40, device="cuda:1"), 1.0)
+    assert torch.cuda.current_device() == 0 and x[1].device.index == 1
+    assert x[1].tolist() == list(range(40))
+
+
+def test_tensors_on_different_devices_are_named():
+    x = event_ops.events_from_dense(torch.eye(4, device="cuda"), 1.0)
+    with pytest.raises(RuntimeError, match=r"weight: expected a CUDA tensor, as another one is, got one on cpu"):
+        event_linear_ops.event_linear(*x[:2], None, None, None, None, torch.ones(3, 4), None, None, 0)
+    with pytest.raises(RuntimeError, match=r"beta: expected a tensor on cuda:0 as the other tensors, got cpu"):
+        leaky_ops.leaky(
+            torch.zeros(3, 2, 5, device="cuda"), torch.tensor(0.9), torch.tensor(1.0).cuda(), None, None,
+            *cases.options(),
+        )  # fmt: skip
+
+
+def test_an_unsupported_dtype_is_named():
+    with pytest.raises(RuntimeError, match=r"events_from_dense: expected float32 or float64"):
+        event_ops.events_from_dense(torch.eye(4, device="cuda", dtype=torch.float16), 1.0)
+    assert EventTensor.from_dense(torch.eye(4, device="cuda", dtype=torch.float16)).indices.tolist() == [0, 1, 2, 3]
+
+
+def test_the_dense_regime_can_be_captured():
+    current = dyadic((6, 3, 50), 1).cuda()
+    beta, threshold = torch.tensor(0.5, device="cuda"), torch.tensor(1.0, device="cuda")
+    args = (beta, threshold, None, None, 0, True, cases.INF, False)
+    leaky_dense_ops.leaky_dense(current, *args)
+    graph = torch.cuda.CUDAGraph()
+    static = current.clone()
+    with torch.cuda.graph(graph):
+        out = leaky_dense_ops.leaky_dense(static, *args)
+    for seed in (2, 3):
+        static.copy_(dyadic((6, 3, 50), seed))
+        graph.replay()
+        expected = leaky_dense_ops.leaky_dense(static.clone(), *args)
+        assert all(torch.equal(one, other) for one, other in zip(out, expected, strict=True))
+
+
+def test_the_sparse_regime_can_be_captured_once_it_has_run():
+    forward, _ = cases.big_layer(F32, "subtract", 1)
+    args = tuple(arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in forward)
+    weight = args[6]
+
+    def check(captured):
+        active, spikes = int(captured.active_ptr[-1]), int(captured.spike_ptr[-1])
+        expected = LeakyOutput(*linear_leaky_ops.linear_leaky(*args))
+        assert (active, spikes) == (expected.x.numel(), expected.spike_indices.numel())
+        assert torch.equal(captured.x[:active], expected.x) and not bool(captured.x[active:].any())
+        assert torch.equal(captured.spike_indices[:spikes], expected.spike_indices)
+        assert torch.equal(captured.mem_seq, expected.mem_seq)
+
+    with pytest.raises(RuntimeError, match="run before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        leaky_ops.leaky(torch.zeros(4, 3, 77, device="cuda"), *args[8:10], None, None, *cases.options())
+    torch.cuda.synchronize()
+    linear_leaky_ops.linear_leaky(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = LeakyOutput(*linear_leaky_ops.linear_leaky(*args))
+    for factor in (1.0, 0.9, 1.1):
+        weight.mul_(factor)
+        graph.replay()
+        check(captured)
+    weight.mul_(8.0)  # far more events than room: no result
+    graph.replay()
+    if int(captured.spike_ptr[-1]) == captured.spike_indices.numel():
+        assert bool(captured.mem_last.isnan().all())
+
+
+def test_out_of_memory_leaves_the_next_call_working():
+    free, total = torch.cuda.mem_get_info()
+    current = torch.zeros(64, 64, 4096, device="cuda")
+    neuron = (torch.tensor(0.5, device="cuda"), torch.tensor(1.0, device="cuda"))
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(max(torch.cuda.memory_reserved() / total, 1e-6) * 1.05)
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            leaky_dense_ops.leaky_dense(current, *neuron, None, None, 0, True, cases.INF, True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    x, _, _ = leaky_dense_ops.leaky_dense(current, *neuron, None, None, 0, True, cases.INF, True)
+    assert free > 0 and torch.equal(x, torch.full_like(x, -1.0))
+
+
+def test_more_entries_than_an_index_counts():
+    """2**31 entries and more of a dense tensor; the events are few."""
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of free GPU memory")
+    dense = torch.zeros(1 << 16, (1 << 15) + 5, dtype=torch.bool, device="cuda")
+    where = torch.tensor([[0, 3], [1 << 15, 77], [(1 << 16) - 1, (1 << 15) + 4]], device="cuda")
+    dense[where[:, 0], where[:, 1]] = True
+    row_ptr, indices, _ = event_ops.events_from_dense(dense, 1.0)
+    assert indices.tolist() == where[:, 1].tolist() and int(row_ptr[-1]) == 3
+    back = event_ops.events_to_dense(torch.zeros(0, device="cuda"), row_ptr, indices, None, None, None, dense.shape[1])
+    assert torch.equal(back.bool(), dense)

@@ -1,0 +1,225 @@
+"""The CUDA backend on the emulated device: every case of test_ops.py, and what only a device has.
+
+Kernels and host code are those of csrc/cuda; tests/emulation runs them on the CPU and checks every access.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import emulation
+import pytest
+import test_ops as cases
+import torch
+from helpers import dyadic, generator, normal
+from test_ops import *  # noqa: F403
+
+from sparse_backend import _build
+from sparse_backend.ops import event_linear as event_linear_ops
+from sparse_backend.ops import events as event_ops
+from sparse_backend.ops import hub as hub_ops
+from sparse_backend.ops import leaky as leaky_ops
+from sparse_backend.ops import linear_leaky as linear_leaky_ops
+from sparse_backend.ops.leaky import LeakyOutput
+from sparse_backend.reference import events as event_twins
+from sparse_backend.reference import leaky as leaky_twins
+from sparse_backend.reference import linear_leaky as linear_leaky_twins
+
+pytestmark = [  # not those of test_ops: fibers and the address sanitizer do not go together
+    pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler to emulate CUDA kernels with"),
+    pytest.mark.skipif(os.environ.get("SPARSE_BACKEND_BUILD") == "none", reason="SPARSE_BACKEND_BUILD=none"),
+]
+
+F32, F64 = torch.float32, torch.float64
+ORDERS = (emulation.ASCENDING, emulation.DESCENDING, emulation.SHUFFLED)
+ONE_STEP, FEW_STEPS = 0, 1 << 15  # second-level caches so small that a sequence runs in chunks
+
+
+@pytest.fixture(autouse=True, scope="module")
+def emulated_device(kernels):
+    with emulation.in_place_of_the_cpu_kernels():
+        before = emulation.library().emulation_launches()
+        yield
+    assert emulation.library().emulation_launches() > before, "nothing ran on the emulated device"
+
+
+@pytest.fixture(autouse=True)
+def usual_device():
+    emulation.set_device()
+    yield
+    emulation.set_device()
+
+
+# The emulated device itself: it must notice what it is there to notice.
+
+WRONG = [
+    ("reads past the end", 33, "access to entries 32..32 of a buffer of 32"),
+    ("writes before the beginning", 1, "access to entries -1..-1"),
+    ("loads 16 bytes at an odd place", 1, "misaligned 16-byte access"),
+    ("does not reach the barrier", 2, "deadlock"),
+    ("shuffles from outside the mask", 16, "outside the mask"),
+]
+
+
+@pytest.mark.parametrize(("which", "threads", "said"), [(i, t, said) for i, (_, t, said) in enumerate(WRONG)])
+def test_a_wrong_kernel_is_noticed(which, threads, said):
+    out = ctypes.c_int(7)
+    told = emulation.library().emulation_run_wrong(which, threads, ctypes.byref(out)).decode()
+    assert said in told
+
+
+def test_a_race_shows_in_another_order():
+    results = set()
+    for order in ORDERS:
+        emulation.set_device(order)
+        out = ctypes.c_int()
+        assert emulation.library().emulation_run_wrong(len(WRONG), 32, ctypes.byref(out)) == b""
+        results.add(out.value)
+    assert len(results) == 3
+
+
+# Chunks, orders, waits.
+
+
+@pytest.mark.parametrize("l2_bytes", [ONE_STEP, FEW_STEPS], ids=["one step", "few steps"])
+@pytest.mark.parametrize("case", ["leaky", "linear_leaky", "event_linear"])
+def test_chunks_against_the_twins(case, l2_bytes):
+    emulation.set_device(l2_bytes=l2_bytes)
+    getattr(cases, f"test_{case}_against_its_twin")()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize(("reset", "rule"), [("zero", 0), ("subtract", 1)])
+def test_results_do_not_depend_on_the_order_of_blocks_and_threads(dtype, reset, rule):
+    """Bit for bit; with several parts of a weight's sums, chunks of a sequence, and sums over steps."""
+    forward, backward = cases.big_layer(dtype, reset, rule)
+    x = event_ops.events_from_dense((torch.rand(9000, 5, generator=generator(1)) < 0.2).to(dtype), 1.0)
+    delta = normal((9000, 3), 2, dtype)
+    results = []
+    for order in ORDERS:
+        emulation.set_device(order, FEW_STEPS)
+        out = LeakyOutput(*linear_leaky_ops.linear_leaky(*forward))
+        chunked = backward(out)
+        emulation.set_device(order)
+        linear = event_linear_ops.event_linear_backward(
+            delta, x[0], x[1], None, None, None, normal((3, 5), 3, dtype), 0, True, True
+        )
+        summed = event_ops.events_sum(delta, x[0], x[1], None, None, None, 5, 30)
+        results.append((*out, *chunked, *linear, summed))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_many_rows_and_inputs():
+    """More rows than one part of a weight's sums, more inputs than one tile of bits."""
+    x = cases.make_events(9000, 1100, 0.002, 1, F64, graded=True)
+    delta = normal((9000, 5), 2)
+    args = (delta, x.row_ptr, x.indices, x.values, None, None, normal((5, 1100), 3), 0, True, True)
+    cases.equal(event_linear_ops.event_linear_backward(*args), linear_leaky_twins.event_linear_backward(*args))
+
+
+def test_the_sum_over_steps():
+    x = cases.make_events(19 * 7, 1100, 0.01, 1, F64, graded=True)
+    args = (torch.zeros(0, dtype=F64), x.row_ptr, x.indices, x.values, None, None, 1100, 19)
+    cases.equal(event_ops.events_sum(*args), event_twins.events_sum(*args))
+
+
+def waits(run) -> int:
+    before = emulation.library().emulation_synchronisations()
+    run()
+    return emulation.library().emulation_synchronisations() - before
+
+
+def test_one_wait_per_forward_and_none_per_backward():
+    forward, backward = cases.big_layer(F32, "subtract", 1)
+    out = LeakyOutput(*linear_leaky_ops.linear_leaky(*forward))
+    assert waits(lambda: linear_leaky_ops.linear_leaky(*forward)) == 1
+    assert waits(lambda: backward(out)) == 0
+    assert waits(lambda: event_ops.events_from_dense(torch.eye(40), 1.0)) == 1
+    sums = torch.zeros(150, 144), torch.zeros(144)
+    delta = torch.ones(400, 130)
+    assert waits(lambda: hub_ops.outer_accumulate(*sums, delta, *forward[:3])) == 0
+
+
+def test_launches_do_not_grow_with_the_steps():
+    def launches(steps):
+        current = dyadic((steps, 2, 40), 1)
+        before = emulation.library().emulation_launches()
+        leaky_ops.leaky(current, torch.tensor(0.5), torch.tensor(1.0), None, None, *cases.options())
+        return emulation.library().emulation_launches() - before
+
+    assert launches(3) == launches(60)
+
+
+def test_room_that_was_too_little_is_made_again():
+    """In chunks, room for the lists is guessed: half of all entries active is more than the first guess."""
+    emulation.set_device(l2_bytes=ONE_STEP)
+    current = torch.tensor([1.0, 5.0]).repeat(9, 1, 1501)  # a shape no other test has
+    neuron = (torch.tensor(0.0), torch.tensor(1.0), None, None)
+    args = (current, *neuron, *cases.options("none", mem=True))
+    assert waits(lambda: leaky_ops.leaky(*args)) == 2
+    assert waits(lambda: cases.compare_forward(leaky_ops.leaky(*args), leaky_twins.leaky(*args), F32)) == 1
+    assert cases.overflowed(leaky_ops.leaky(*args[:-1], 0.4))
+
+
+# Captures: room is fixed beforehand, lists are longer than what they hold.
+
+
+def cut(out: LeakyOutput) -> LeakyOutput:
+    """The same lists without the room that is left."""
+    active, spikes, resets = int(out.active_ptr[-1]), int(out.spike_ptr[-1]), int(out.reset_ptr[-1])
+    assert out.active_indices.numel() > active and not bool(out.x[active:].any())
+    return out._replace(
+        x=out.x[:active],
+        p=out.p[:active],
+        active_indices=out.active_indices[:active],
+        spike_indices=out.spike_indices[:spikes],
+        reset_indices=out.reset_indices[:resets],
+    )
+
+
+@pytest.mark.parametrize("l2_bytes", [emulation.L2_BYTES, FEW_STEPS], ids=["one chunk", "chunks"])
+def test_a_captured_layer_is_the_layer(l2_bytes):
+    emulation.set_device(l2_bytes=l2_bytes)
+    forward, backward = cases.big_layer(F64, "zero", 1)
+    expected = LeakyOutput(*linear_leaky_ops.linear_leaky(*forward))
+    with emulation.capture():
+        captured = LeakyOutput(*linear_leaky_ops.linear_leaky(*forward))
+        grads = backward(captured._replace(x=expected.x))  # gradients are drawn in the shape of x
+    for one, other in zip(cut(captured), expected, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(grads, backward(expected), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradients_of_room_that_is_left_are_zero():
+    x = cases.make_events(6, 20, 0.3, 1, F64)
+    longer = torch.cat([x.indices, x.indices.new_zeros(5)])
+    weight, delta = normal((7, 20), 2), normal((6, 7), 3)
+    grad = event_linear_ops.event_linear_backward(
+        delta, x.row_ptr, x.indices, None, x.row_ptr, longer, weight, 1, False, False
+    )[0]
+    assert grad.shape == longer.shape and not bool(grad[-5:].any()) and bool(grad[:-5].all())
+    gathered = event_ops.events_gather(normal((6, 20), 4), x.row_ptr, longer)
+    assert gathered.shape == longer.shape and not bool(gathered[-5:].any())
+
+
+def test_a_replay_that_needs_more_room_than_there_is_cannot_pass_for_a_result():
+    neuron = (torch.tensor(0.0), torch.tensor(1.0), None, None)
+    quiet, busy = torch.full((5, 3, 401), 9.0), torch.full((5, 3, 401), 1.0)  # a shape no other test has
+    leaky_ops.leaky(quiet, *neuron, *cases.options("none"))
+    with emulation.capture():
+        out = LeakyOutput(*leaky_ops.leaky(busy, *neuron, *cases.options("none")))
+    assert bool(out.x.isnan().all()) and bool(out.mem_last.isnan().all())
+    assert int(out.active_ptr[-1]) == out.active_indices.numel() < busy.numel()
+
+
+def test_what_a_capture_cannot_do_is_named():
+    neuron = (torch.tensor(0.5), torch.tensor(1.0), None, None)
+    with emulation.capture():
+        with pytest.raises(RuntimeError, match="expected sequences of this shape to have been run before the capture"):
+            leaky_ops.leaky(torch.zeros(2, 3, 403), *neuron, *cases.options())
+        with pytest.raises(RuntimeError, match="events_from_dense: expected a stream that is not captured"):
+            event_ops.events_from_dense(torch.eye(4), 1.0)
