@@ -539,6 +539,17 @@ def test_main_says_what_is_wrong(argv, words, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_cases_of_a_framework_that_is_not_installed_are_left_out(tiny, monkeypatch, capsys):
+    monkeypatch.setitem(tiny, "norse", NORSE)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "norse" else object())
+    monkeypatch.setattr(measure, "measure", lambda case, *_: {**_result("shd", _MS), "case": case.to_dict()})
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "left out, as norse is not installed: norse\n" in out and "recording: " in out
+    assert main(["--case", "norse"]) == 1
+    assert 'pip install "sparse_backend[norse]"' in capsys.readouterr().err
+
+
 def test_render_refuses_foreign_files(tmp_path, capsys):
     (tmp_path / "a.json").write_text("{}")
     assert main(["--render", str(tmp_path)]) == 1

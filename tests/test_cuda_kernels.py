@@ -33,7 +33,7 @@ pytestmark = [  # not those of test_ops: fibers and the address sanitizer do not
 
 F32, F64 = torch.float32, torch.float64
 ORDERS = (emulation.ASCENDING, emulation.DESCENDING, emulation.SHUFFLED)
-ONE_STEP, FEW_STEPS = 0, 1 << 15  # second-level caches so small that a sequence runs in chunks
+ONE_STEP, FEW_STEPS = 1, 1 << 15  # second-level caches so small that a sequence runs in chunks
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -117,6 +117,12 @@ def test_many_rows_and_inputs():
     x = cases.make_events(9000, 1100, 0.002, 1, F64, graded=True)
     delta = normal((9000, 5), 2)
     args = (delta, x.row_ptr, x.indices, x.values, None, None, normal((5, 1100), 3), 0, True, True)
+    cases.equal(event_linear_ops.event_linear_backward(*args), linear_leaky_twins.event_linear_backward(*args))
+
+
+def test_so_many_inputs_that_their_bits_come_in_blocks_of_rows():
+    x = cases.make_events(8300, 16000, 0.0002, 1, F32)
+    args = (dyadic((8300, 3), 2), x.row_ptr, x.indices, None, None, None, torch.zeros(3, 16000), 0, True, False)
     cases.equal(event_linear_ops.event_linear_backward(*args), linear_leaky_twins.event_linear_backward(*args))
 
 

@@ -1,7 +1,7 @@
 """`python -m sparse_backend bench`: stock training against sparse gradients on this machine, checked, then timed.
 
-`cases.py` is the registry of what is measured and its targets, `paths.py` of the ways to run it; `gate.py` checks,
-`timing.py`, `memory.py` and `rss.py` measure, `render.py` prints.
+`cases.py` is the registry of what is measured and its targets, `paths.py` of the ways to run it, `for_*.py` have each
+framework's networks; `gate.py` checks, `timing.py`, `memory.py` and `rss.py` measure, `render.py` prints.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sparse_backend bench",
-        description="Measure training steps of stock snnTorch and of sparse_backend in one process, from the same "
-        "trained weights, after checking that both compute the same.",
+        description="Measure training steps of stock snnTorch and Norse and of sparse_backend in one process, from the "
+        "same trained weights, after checking that both compute the same.",
     )
     add = parser.add_argument
-    add("--case", action="append", metavar="NAME", help="only this case; may be given several times; see --list")
+    add("--case", action="append", metavar="NAME", help="only this case; may be given several times; see --list "
+        "(default: all of the frameworks that are installed)")  # fmt: skip
     add("--list", action="store_true", help="the cases, and no measuring")
     add("--data", type=Path, metavar="DIR", help="folder with the idx files of Fashion-MNIST, for the cases that are "
         "like it; without it events are drawn")  # fmt: skip
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--title", default="CPU", help="heading of this result in docs/benchmarks.md (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the numbers there")
     add("--render", type=Path, nargs="?", const=RESULTS, metavar="DIR", help="measure nothing: write DIR.md from the "
-        f"results DIR/*.json (default: {RESULTS})")  # fmt: skip
+        f"results DIR/*.json, those of one --title together (default: {RESULTS})")  # fmt: skip
     return parser
 
 
@@ -101,12 +102,17 @@ def _measure(options: argparse.Namespace) -> int:
     if options.list:
         for case in cases:
             print(
-                f"{case.name:<12} {case.sizes}, T {case.steps}, {case.events} events a sample; {', '.join(case.paths)}"
+                f"{case.name:<20} {case.sizes}, T {case.steps}, {case.events} events a sample; {', '.join(case.paths)}"
             )
         return 0
-    for framework in sorted({case.framework for case in cases}):
-        if importlib.util.find_spec(framework) is None:
-            raise ValueError(f'needs {framework}, which is not installed: pip install "sparse_backend[{framework}]"')
+    missing = {case.framework for case in cases if importlib.util.find_spec(case.framework) is None}
+    if missing and (options.case or all(case.framework in missing for case in cases)):
+        framework = min(missing)
+        raise ValueError(f'needs {framework}, which is not installed: pip install "sparse_backend[{framework}]"')
+    if missing:
+        left_out = [case.name for case in cases if case.framework in missing]
+        print(f"left out, as {', '.join(sorted(missing))} is not installed: {', '.join(left_out)}")
+        cases = [case for case in cases if case.framework not in missing]
     if options.json is not None and not options.json.parent.is_dir():
         raise ValueError(f"--json: expected a file in an existing folder, got {str(options.json)!r}")
     images = None if options.data is None else load_fashion_mnist(options.data)

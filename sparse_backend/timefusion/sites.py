@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -156,6 +157,12 @@ class FunctionSite(Site):
             node.run, node.index = Run([None], 1, [result]), 0
 
 
+def _is_finite(weight: Tensor, bias: Tensor | None) -> bool:
+    """Where it is not, products with zeros count too."""
+    total = float(weight.detach().sum())
+    return math.isfinite(total if bias is None else total + float(bias.detach().sum()))
+
+
 class LinearSite(Site):
     """A linear layer: its events over all steps, multiplied when the neurons behind it run."""
 
@@ -186,7 +193,9 @@ class LinearSite(Site):
         if self.switched:  # they are as recorded now, and will not be when the neurons run
             weight = weight.view_as(weight)
             bias = None if bias is None else bias.view_as(bias)
-        current = None if events is None else defer(events, weight, bias)
+        current = None
+        if events is not None and _is_finite(weight, bias):
+            current = defer(events, weight, bias)
         if current is None:
             current = torch.nn.functional.linear(dense(whole), weight, bias)
         share(nodes, Run([current], len(nodes)))
