@@ -92,7 +92,7 @@ class Call(NamedTuple):
             if steps is None:  # gathered over the steps, as the weights of a linear layer are
                 i = i + linear(layer.weights.recurrent, recurrent, None, z)
                 z = recurrent = None
-        asked_dense = steps is None and goes_dense(layer)
+        asked_dense = plan.why_dense is not None or goes_dense(layer)
         result = run_lif(
             current, sizes, neuron, v, i, plan.spike_grad, plan.b_th, recurrent=recurrent, z=z,
             keep_states=keep_states, max_active=policy.MAX_ACTIVE, dense=asked_dense,

@@ -18,7 +18,7 @@ from sparse_backend.timefusion.recorder import Placeholder, Recording, take
 from sparse_backend.timefusion.sites import NeuronSite
 
 from . import for_snntorch as step_form
-from .shared import count
+from .shared import count, goes_dense
 
 _ZEROS = object()  #: the state of a layer that begins
 
@@ -182,6 +182,7 @@ def _sequence(
 
 
 def _run(state: LayerState, plan: Any, current: Any, steps: int, start: Any, keep_mem: bool) -> tuple[Any, Tensor, Any]:
+    asked_dense = plan.why_dense is not None or goes_dense(state)
     result = run_leaky(
         current,
         (steps, *plan.flat),
@@ -191,9 +192,13 @@ def _run(state: LayerState, plan: Any, current: Any, steps: int, start: Any, kee
         plan.b_th,
         keep_mem=keep_mem,
         max_active=policy.MAX_ACTIVE,
+        dense=asked_dense,
     )
     entries = steps * plan.flat[0] * plan.flat[1]
-    count(state, result, steps, entries, plan.b_th, plan.why_dense, plan.dtype.itemsize, in_time=steps > 1)
+    count(
+        state, result, steps, entries, plan.b_th, plan.why_dense, plan.dtype.itemsize,
+        in_time=steps > 1, asked_dense=asked_dense,
+    )  # fmt: skip
     mem_last = result.mem_last
     if mem_last.shape != plan.shape:  # not a view: users detach_() membranes as they do any tensor
         mem_last = torch.ops.aten._unsafe_view(mem_last, plan.shape)

@@ -21,6 +21,10 @@ from sparse_backend.ops.leaky_dense import call_leaky_dense, leaky_dense
 from sparse_backend.ops.linear_leaky import call_linear_leaky
 
 
+#: entries up to which the surrogate's own node in the graph costs less than taking its derivative apart from it
+_SMALL = 1 << 15
+
+
 class Result(NamedTuple):
     """One layer over one sequence. Fractions are of all T * B * N entries."""
 
@@ -153,25 +157,30 @@ def _run_dense(
     beta, threshold, reset, reset_delay, graded = neuron
     tensor = (current.to_dense() if type(current) is DeferredCurrent else current).reshape(shape)
     reset_delay = reset_delay or reset == NONE
-    g = None
-    options = (reset, reset_delay, b_th, keep_mem or not reset_delay)
-    if not reset_delay and torch.is_grad_enabled():
-        out = call_leaky_dense.plain(tensor, beta, threshold, mem, None, *options)
-        g = surrogate.derivative(spike_grad, out[0])
-        g = g if math.isinf(b_th) else torch.where(out[0].abs() < b_th, g, 0)
-        x, mem_last, mem_seq = call_leaky_dense.attach((tensor, beta, threshold, mem, g, *options), out)
+    keeps = keep_mem or not reset_delay
+    learns = torch.is_grad_enabled() and torch._C._any_requires_grad(tensor, beta, threshold, mem)
+    small = tensor.numel() <= _SMALL
+    options = (reset, reset_delay)
+    if small and reset_delay:
+        x, mem_last, mem_seq = call_leaky_dense(tensor, beta, threshold, mem, None, *options, b_th, keeps)
+        spikes, kept = spike_grad(x), 2
     else:
-        x, mem_last, mem_seq = call_leaky_dense(tensor, beta, threshold, mem, None, *options)
-    spikes = spike_grad(x)
+        out = call_leaky_dense.plain(tensor, beta, threshold, mem, None, *options, b_th, keeps)
+        g, kept = None, 2
+        if learns:
+            g = surrogate.derivative_in_pieces(spike_grad, out[0], b_th)  # the band is in it
+            of_reset = None if reset_delay else g
+            out = call_leaky_dense.attach((tensor, beta, threshold, mem, of_reset, *options, math.inf, keeps), out)
+            kept += not reset_delay or reset == ZERO or beta.requires_grad or threshold.requires_grad
+        x, mem_last, mem_seq = out
+        spikes = surrogate.spikes(spike_grad, x, g)
     if graded is not None:
         spikes = spikes * graded
     if spikes.shape != current.shape:  # not a view: users detach_() spikes as they do any tensor
         spikes = torch.ops.aten._unsafe_view(spikes, current.shape)
-    kept = 0
-    if x.requires_grad:
-        kept = x.numel() * (x.element_size() + spikes.element_size() + (0 if g is None else g.element_size()))
-        if mem_seq.dim() == 3 and not keep_mem:
-            kept += mem_seq.numel() * x.element_size()
+    kept = kept * x.numel() * x.element_size() if x.requires_grad else 0
+    if kept and mem_seq.dim() == 3 and not keep_mem:
+        kept += mem_seq.numel() * x.element_size()
     n_active = x.numel() if math.isinf(b_th) else None
     return Result(spikes, mem_last, mem_seq if keep_mem else None, n_active, None, kept, x.detach())
 

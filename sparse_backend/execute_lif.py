@@ -100,21 +100,6 @@ def run_li(
     )
 
 
-class _Spikes(torch.autograd.Function):
-    """A surrogate whose derivative g at x is known: it is not evaluated again. x, g: of one shape."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(g)
-        return torch.gt(x, 0, out=x.new_empty(x.shape, dtype=dtype))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (g,) = ctx.saved_tensors
-        return grad.to(g.dtype) * g, None, None
-
-
 class _Arguments:
     """One call's tensors, and the op that takes them."""
 
@@ -157,33 +142,19 @@ class _Arguments:
         out = LIFOutput(*self.call.plain(*self.input, *self.states, None, *options))
         if not dense and out.active_ptr.numel() == 0:
             return out
-        self.g = _derivative(spike_grad, out.x)
+        self.g = surrogate.derivative_in_pieces(spike_grad, out.x)
         return LIFOutput(*self.call.attach((*self.input, *self.states, self.g, *options), out))
 
     def spikes(self, spike_grad: surrogate.SpikeGrad, x: Tensor) -> Tensor:
         """The differentiable spikes at x."""
         if self.g is None:
             return spike_grad(x)
-        return _Spikes.apply(x, self.g, surrogate.spike_dtype(spike_grad, x))  # type: ignore[no-any-return]
+        return surrogate.spikes(spike_grad, x, self.g)
 
     def kept(self, out: LIFOutput) -> int:
         """Bytes that the op and the surrogate keep of `out`, its lists aside."""
         twice = self.g is not None and (not self.neuron.detached and self.neuron.reset == VALUE)  # x beside g
         return _bytes(out.x) * (2 if twice else 1) + _bytes(out.drive, out.inflow)
-
-
-#: entries of x whose derivative is taken at once: what its intermediate results leave room for in a cache
-_AT_ONCE = 1 << 18
-
-
-def _derivative(spike_grad: surrogate.SpikeGrad, x: Tensor) -> Tensor:
-    """g at x, piece by piece on a CPU: a surrogate makes several tensors of x's size on the way."""
-    if x.numel() <= _AT_ONCE or x.device.type != "cpu":
-        return surrogate.derivative(spike_grad, x)
-    g = torch.empty_like(x)
-    for piece, out in zip(x.view(-1).split(_AT_ONCE), g.view(-1).split(_AT_ONCE), strict=True):
-        out.copy_(surrogate.derivative(spike_grad, piece))
-    return g
 
 
 def _bytes(*tensors: Tensor | None) -> int:

@@ -112,7 +112,7 @@ def _layer(name: str, module: nn.Module, adapter: Any, state: Any) -> LayerRepor
         return LayerReport(name, kind, "framework", reason, None, None, None, None, 0, 0, {}, 0)
     tally = state.tally
     reason = state.reason
-    if reason is not None and state.path.startswith("dense") and state.b_th == "auto" and tally.counted:
+    if reason is not None and state.path.startswith("dense") and state.b_th == "auto":
         reason = f"{reason}. {policy.CURE_BROAD}"
     return LayerReport(
         name=name,

@@ -32,6 +32,44 @@ def derivative(spike_grad: SpikeGrad, x: Tensor) -> Tensor:
     return torch.zeros_like(x) if g is None else g.to(x.dtype)
 
 
+#: entries whose derivative is taken at once: what its intermediate results leave room for in a cache
+AT_ONCE = 1 << 18
+
+
+def derivative_in_pieces(spike_grad: SpikeGrad, x: Tensor, b_th: float = math.inf) -> Tensor:
+    """g at x where |x| < b_th, else 0, piece by piece on a CPU: a surrogate makes several tensors of x's size."""
+
+    def masked(piece: Tensor) -> Tensor:
+        g = derivative(spike_grad, piece)
+        return g if math.isinf(b_th) else torch.ops.aten.hardtanh_backward(g, piece, -b_th, b_th)  # in one pass
+
+    if x.numel() <= AT_ONCE or x.device.type != "cpu":
+        return masked(x)
+    g = torch.empty_like(x)
+    for piece, out in zip(x.view(-1).split(AT_ONCE), g.view(-1).split(AT_ONCE), strict=True):
+        out.copy_(masked(piece))
+    return g
+
+
+class _Spikes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(g)
+        return torch.gt(x, 0, out=x.new_empty(x.shape, dtype=dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (g,) = ctx.saved_tensors
+        return grad.to(g.dtype) * g, None, None
+
+
+def spikes(spike_grad: SpikeGrad, x: Tensor, g: Tensor | None) -> Tensor:
+    """H(x), differentiable with the derivative g, of x's shape: the surrogate is not evaluated again. None where
+    nothing learns."""
+    return _Spikes.apply(x, g, spike_dtype(spike_grad, x))  # type: ignore[no-any-return]
+
+
 def probe(spike_grad: SpikeGrad) -> str | None:
     """None if spike_grad is a fixed, elementwise Heaviside with a derivative; otherwise the reason it is not.
 

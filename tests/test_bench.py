@@ -19,6 +19,7 @@ from sparse_backend.bench.models import Output, build, framework_of, loss_of
 from sparse_backend.functional import linear_leaky
 from sparse_backend.surrogate import derivative
 
+REGISTRY = dict(cases.CASES)  # which tests replace
 TINY = cases.Case(
     "tiny", 30, (16, 12), 4, steps=10, events=12, coding="latency", aim=5.0, batch=16, train_steps=4
 )  # fmt: skip
@@ -571,8 +572,8 @@ def _content(title, *results, commit="abc"):
     return render.document(results, {"title": title, **where, "commit": commit, "quick": False})
 
 
-def _result(name, ms, **case):
-    case = dataclasses.replace(cases.CASES[name], **case)
+def _result(name, ms):
+    case = REGISTRY[name]
 
     def row(path, whole):
         parts = {part: {"median": whole} for part in render.PARTS}

@@ -160,7 +160,7 @@ def test_out_of_memory_leaves_the_next_call_working():
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(max(torch.cuda.memory_reserved() / total, 1e-6) * 1.05)
     try:
-        with pytest.raises(torch.cuda.OutOfMemoryError):
+        with pytest.raises(RuntimeError):  # torch's own, or what its stable ABI makes of it
             leaky_dense_ops.leaky_dense(current, *neuron, None, None, 0, True, cases.INF, True)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

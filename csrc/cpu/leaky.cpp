@@ -84,15 +84,25 @@ LeakyResult forward(LeakyForward<T>& a, const Tensor& like, const Tensor& beta, 
             p_last};
 }
 
+// A current [T, B, N] as kernels take it: contiguous, or one step of it where an expanded tensor has it for all.
+struct Current {
+    explicit Current(const Tensor& given)
+        : same(given.dim() == 3 && given.size(0) > 1 && given.stride(0) == 0),
+          tensor(torch::stable::contiguous(same ? torch::stable::select(given, 0, 0) : given)) {}
+    bool same;
+    Tensor tensor;
+};
+
 LeakyResult leaky(const Tensor& given, const Tensor& beta, const Tensor& threshold, MaybeTensor mem, MaybeTensor,
                   int64_t reset, bool reset_delay, double b_th, bool cover_spikes, bool keep_mem, bool keep_reset,
                   bool keep_p, double max_active) {
-    const Tensor current = torch::stable::contiguous(given);
+    const Current of(given);
+    const Tensor& current = of.tensor;
     if (mem.has_value()) mem = torch::stable::contiguous(*mem);
     return SPARSE_BACKEND_DISPATCH(current, "leaky", [&] {
         LeakyForward<scalar_t> a{};
-        a.steps = current.size(0), a.batch = current.size(1), a.neurons = current.size(2);
-        a.current = pointer<scalar_t>(current, "current");
+        a.steps = given.size(0), a.batch = given.size(1), a.neurons = given.size(2);
+        a.current = pointer<scalar_t>(current, "current"), a.same_current = of.same;
         a.reset = static_cast<int>(reset), a.reset_delay = reset_delay, a.b_th = static_cast<scalar_t>(b_th);
         a.cover_spikes = cover_spikes, a.keep_reset = keep_reset, a.keep_p = keep_p;
         return forward<scalar_t>(a, current, beta, threshold, mem, keep_mem, max_active);
@@ -370,9 +380,10 @@ void outer_accumulate(Tensor weight_sum, Tensor bias_sum, const Tensor& given, c
 std::tuple<Tensor, Tensor, Tensor> leaky_dense(const Tensor& given, const Tensor& beta, const Tensor& threshold,
                                                MaybeTensor mem, MaybeTensor, int64_t reset, bool reset_delay, double,
                                                bool keep_mem) {
-    const Tensor current = torch::stable::contiguous(given);
+    const Current of(given);
+    const Tensor& current = of.tensor;
     if (mem.has_value()) mem = torch::stable::contiguous(*mem);
-    const int64_t steps = current.size(0), batch = current.size(1), neurons = current.size(2);
+    const int64_t steps = given.size(0), batch = given.size(1), neurons = given.size(2);
     Tensor x = empty(current, {steps, batch, neurons}), mem_last = empty(current, {batch, neurons});
     Tensor mem_seq = empty(current, keep_mem ? std::vector<int64_t>{steps, batch, neurons} : std::vector<int64_t>{0});
     SPARSE_BACKEND_DISPATCH(current, "leaky_dense", [&] {
@@ -381,7 +392,8 @@ std::tuple<Tensor, Tensor, Tensor> leaky_dense(const Tensor& given, const Tensor
             per_neuron<scalar_t>(threshold, neurons, std::numeric_limits<scalar_t>::infinity(), "threshold");
         DenseForward<scalar_t> a{};
         a.steps = steps, a.batch = batch, a.neurons = neurons;
-        a.current = pointer<scalar_t>(current, "current"), a.mem = pointer<scalar_t>(mem, "mem");
+        a.current = pointer<scalar_t>(current, "current"), a.same_current = of.same;
+        a.mem = pointer<scalar_t>(mem, "mem");
         a.beta = beta_padded.data(), a.threshold = threshold_padded.data();
         a.reset = static_cast<int>(reset), a.reset_delay = reset_delay;
         a.x = output<scalar_t>(x), a.mem_last = output<scalar_t>(mem_last);

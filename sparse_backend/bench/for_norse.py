@@ -65,6 +65,7 @@ class CellNet(nn.Module):
     def forward(self, x: Tensor) -> Output:  # [T, B, inputs]
         states: list[Any] = [None] * len(self.layers)
         rec: list[list[Tensor]] = [[] for _ in self.layers]
+        every = self.return_hidden
         for step in range(x.shape[0]):
             z = x[step]
             for k, layer in enumerate(self.layers):
@@ -72,7 +73,7 @@ class CellNet(nn.Module):
                     z = layer(z)
                 else:
                     z, states[k] = layer(z, states[k])
-                if self.return_hidden and isinstance(layer, _SPIKING):
+                if every and isinstance(layer, _SPIKING):
                     rec[k].append(z)
             rec[-1].append(z)
         return Output(None, torch.stack(rec[-1]), [torch.stack(spikes) for spikes in rec[:-1] if spikes])

@@ -41,11 +41,12 @@ class LeakyNet(nn.Module):
         mems = [neuron.reset_mem() for neuron in self.neurons]
         mem_rec: list[Tensor] = []
         spk_rec: list[list[Tensor]] = [[] for _ in self.neurons]
+        last, every = len(spk_rec) - 1, self.return_hidden
         for step in range(x.shape[0]):
             spk = x[step]
             for layer, (linear, neuron) in enumerate(zip(self.linears, self.neurons, strict=True)):
                 spk, mems[layer] = neuron(linear(spk), mems[layer])
-                if self.return_hidden or neuron is self.neurons[-1]:
+                if every or layer == last:
                     spk_rec[layer].append(spk)
             mem_rec.append(mems[-1])
             if self.enough(spk):

@@ -29,7 +29,7 @@ from sparse_backend.bench.cases import (
     STOCK,
     STOCK_NO_GRAD,
     BTh,
-)  # fmt: skip
+)
 from sparse_backend.bench.inputs import Batch
 from sparse_backend.bench.memory import kept_bytes
 from sparse_backend.bench.models import Output, loss_of

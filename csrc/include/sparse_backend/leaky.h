@@ -46,7 +46,8 @@ void leaky_forward_block(const LeakyForward<T>& a, const Block& block, int32_t* 
                 accumulate_rows(bias, current, a.weight, block.first_column, vecs, a.input.indices + e,
                                 a.input.values == nullptr ? nullptr : a.input.values + e, n);
             } else {
-                std::memcpy(current, a.current + row * a.neurons + block.first_column,
+                const int64_t from = a.same_current ? block.first_sample + s : row;
+                std::memcpy(current, a.current + from * a.neurons + block.first_column,
                             static_cast<size_t>(columns) * sizeof(T));
             }
             T* const mem = mem_scratch.get() + s * width;
@@ -320,6 +321,7 @@ void leaky_dense_forward_block(const DenseForward<T>& a, const Block& block) {
             std::memset(mem, 0, static_cast<size_t>(columns) * sizeof(T));
         for (int64_t t = 0; t < a.steps; ++t) {
             const int64_t at = (t * a.batch + b) * a.neurons + block.first_column;
+            const T* const current = a.current + (a.same_current ? b * a.neurons + block.first_column : at);
             for (int64_t j = 0; j < columns; j += V::width) {
                 const int n = static_cast<int>(columns - j < V::width ? columns - j : V::width);
                 const bool whole = n == V::width;
@@ -328,7 +330,7 @@ void leaky_dense_forward_block(const DenseForward<T>& a, const Block& block) {
                 V v = V::load(mem + j);
                 const typename V::Mask r = v > threshold;
                 if (a.reset == kZero) v = v - V::where(r, v);
-                v = beta * v + (whole ? V::load(a.current + at + j) : V::load(a.current + at + j, n));
+                v = beta * v + (whole ? V::load(current + j) : V::load(current + j, n));
                 if (a.reset == kSubtract) v = v - V::where(r, threshold);
                 const V x = v - threshold;
                 if (twice) {

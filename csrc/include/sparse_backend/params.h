@@ -55,6 +55,7 @@ struct LeakyForward {
     Weight<T> weight;
     const T* bias = nullptr;     // [padded(N)]
     const T* current = nullptr;  // [T, B, N]: given, or null to be computed
+    bool same_current = false;   // [B, N], the same at every step
     const T* beta;               // [padded(N)], padding 0
     const T* threshold;          // [padded(N)], padding infinite: padded neurons never fire
     const T* mem = nullptr;      // [B, N], zeros if null
@@ -96,10 +97,11 @@ struct LeakyBackward {
 template <typename T>
 struct DenseForward {
     int64_t steps, batch, neurons;
-    const T* current;        // [T, B, N]
-    const T* beta;           // [padded(N)]
-    const T* threshold;      // [padded(N)]
-    const T* mem = nullptr;  // [B, N]
+    const T* current;           // [T, B, N]
+    bool same_current = false;  // [B, N], the same at every step
+    const T* beta;              // [padded(N)]
+    const T* threshold;         // [padded(N)]
+    const T* mem = nullptr;     // [B, N]
     int reset;
     bool reset_delay;
     T* x;                  // [T, B, N]
