@@ -77,12 +77,16 @@ asan: venv
 # Needs a GPU, a CUDA build of torch, nvcc, ninja, pytest and hypothesis in $(PYTHON): often that of a container. Under
 # the sanitizer every tensor is an allocation of its own, so that a step outside one is seen; hypothesis draws the same
 # cases there, of which a kernel that errs fails the first.
-GPU := PYTHONPATH=$(CURDIR) CUBLAS_WORKSPACE_CONFIG=:4096:8 SPARSE_BACKEND_BUILD=cuda
+GPU := CUBLAS_WORKSPACE_CONFIG=:4096:8 SPARSE_BACKEND_BUILD=cuda PYTHONPATH=$(CURDIR)
 GPU_PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 SANITIZER := compute-sanitizer --error-exitcode 3 --launch-timeout 0
 gpu-test:
 	$(GPU) $(PYTHON) -m sparse_backend doctor --build
 	$(GPU) $(GPU_PYTEST) tests/test_cuda_device*.py tests/test_cuda_compile.py tests/test_cuda_build.py $(PYTEST_ARGS)
+	@if ! $(PYTHON) -c 'import snntorch, norse' 2>/dev/null; then \
+	  echo "SKIPPED: whole models against the stock frameworks, snnTorch and Norse are not installed"; \
+	else $(GPU):tests $(GPU_PYTEST) -q -p emulation.gpu_everywhere tests/test_functional.py \
+	  tests/test_lif_functional.py tests/test_snntorch_equality.py tests/test_norse_equality.py; fi
 	@if ! command -v compute-sanitizer >/dev/null; then \
 	  echo "SKIPPED: compute-sanitizer is not on this machine; the CUDA toolkit has it"; \
 	else set -e; for tool in memcheck racecheck; do \

@@ -101,6 +101,8 @@ class WeightCache:
 
     def _sum(self) -> tuple[float, float]:
         assert self._weight is not None
+        if self._weight.device.type != "cpu":
+            return 0.0, 0.0  # reading it would wait for the device
         bias = 0.0 if self._bias is None else float(self._bias.detach().sum())
         return float(self._weight.detach().sum()), bias
 

@@ -271,9 +271,10 @@ class EventTensor(TensorLike):
         for b, sample in enumerate(tensors):
             begin, end = int(sample.row_ptr[0]), int(sample.row_ptr[-1])
             counts = (sample.row_ptr[1:] - sample.row_ptr[:-1]).long()
-            rows.append(torch.repeat_interleave(torch.arange(steps) * batch + b, counts))
+            rows.append(torch.repeat_interleave(torch.arange(steps, device=counts.device) * batch + b, counts))
             cols.append(sample.indices[begin:end])
-            values.append(torch.ones(end - begin) if sample.values is None else sample.values[begin:end])
+            ones = torch.ones(end - begin, device=counts.device)
+            values.append(ones if sample.values is None else sample.values[begin:end])
         row = torch.cat(rows)
         order = torch.sort(row, stable=True).indices
         weights = None if all(s.values is None for s in tensors) else torch.cat(values)[order]

@@ -13,6 +13,7 @@ template <typename D, typename T>
 Triple compact(const Tensor& dense, int64_t n_rows, int64_t columns, double max_density) {
     const Device on(dense, "dense");
     const int64_t entries = n_rows * columns, words = words_of(columns);
+    check_size(n_rows, columns, "events_from_dense");
     if (entries == 0) {
         return {on.zeros<int32_t>({n_rows + 1}), on.ints({0}), on.make<T>({0})};
     }

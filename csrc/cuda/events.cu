@@ -16,7 +16,7 @@ constexpr int kPerThread = static_cast<int>(kTileWords) / kThreads;
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     mark_nonzero_kernel(const T* dense_, int64_t rows, int64_t columns, uint32_t* bits_, int32_t* not_one_) {
-    constexpr int kAhead = 4;  // words whose loads are in flight together
+    constexpr int kAhead = sizeof(T) == 1 ? 8 : 4;  // words whose loads are in flight together
     const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kLanes;
     if (row >= rows) return;
     const int lane = lane_id();

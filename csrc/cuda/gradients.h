@@ -41,14 +41,18 @@ class WeightGradient {
         const int64_t warps = inputs * ((neurons * static_cast<int64_t>(sizeof(T)) + 255) / 256);
         parts_ = into ? 1 : std::clamp<int64_t>(8192 / warps, 1, std::clamp<int64_t>(most_rows / 4096, 1, 16));
         sums_ = into ? into : on.zeros<T>({parts_, inputs, padded(neurons)});
-        bits_ = on.ints({inputs, segments_of(most_rows)});
+        at_once_ = std::max<int64_t>((kMostBits / inputs) / 1024 * 1024, 1024);
+        bits_ = on.ints({inputs, segments_of(std::min(most_rows, at_once_))});
     }
     void add(int64_t first, int64_t n_rows, const T* delta) {
-        if (!wanted_ || n_rows == 0) return;
+        if (!wanted_) return;
         auto* const bits = reinterpret_cast<uint32_t*>(on_.write<int32_t>(*bits_));
-        on_.check(transpose_bits(input_, first, n_rows, inputs_, bits, on_.stream()));
-        on_.check(weight_gradient(input_, bits, first, n_rows, inputs_, delta, neurons_, on_.write<T>(*sums_), parts_,
-                                  on_.stream()));
+        for (int64_t done = 0; done < n_rows; done += at_once_) {
+            const int64_t here = std::min(at_once_, n_rows - done);
+            on_.check(transpose_bits(input_, first + done, here, inputs_, bits, on_.stream()));
+            on_.check(weight_gradient(input_, bits, first + done, here, inputs_, delta + done * neurons_, neurons_,
+                                      on_.write<T>(*sums_), parts_, on_.stream()));
+        }
     }
     Tensor deliver(bool need_weight) {
         if (!need_weight) return on_.make<T>({0});
@@ -60,10 +64,12 @@ class WeightGradient {
     }
 
   private:
+    static constexpr int64_t kMostBits = int64_t{1} << 27;  // 16 MB, however many inputs there are
+
     const Device& on_;
     bool wanted_;
     Events<T> input_;
-    int64_t inputs_, neurons_, parts_ = 1;
+    int64_t inputs_, neurons_, parts_ = 1, at_once_ = 0;
     MaybeTensor sums_, bits_;
 };
 

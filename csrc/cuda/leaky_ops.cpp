@@ -36,6 +36,7 @@ template <typename T, typename CurrentOf>
 LeakyResult forward(const Device& on, const Request& ask, CurrentOf&& current_of) {
     const int64_t steps = ask.steps, batch = ask.batch, neurons = ask.neurons;
     const int64_t n_rows = steps * batch, entries = n_rows * neurons;
+    check_size(n_rows, neurons, "leaky");
     const T* mem_given = nullptr;
     if (ask.mem.has_value()) {
         STD_TORCH_CHECK(ask.mem->dim() == 2 && ask.mem->size(0) == batch && ask.mem->size(1) == neurons,

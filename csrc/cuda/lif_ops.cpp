@@ -42,6 +42,7 @@ template <typename T, typename CurrentOf>
 LifResult forward(const Device& on, int64_t steps, int64_t batch, int64_t neurons, LifNeuron& neuron,
                   CurrentOf&& current_of) {
     const int64_t n_rows = steps * batch, step = batch * neurons;
+    check_size(n_rows, neurons, "lif");
     LifForwardScan<T> scan{};
     scan.batch = batch, scan.neurons = neurons;
     scan.mem_gain = per_neuron<T>(on, neuron.mem_gain, neurons, "mem_gain");

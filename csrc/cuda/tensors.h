@@ -120,6 +120,7 @@ class Device {
     int64_t steps_in_cache(int64_t steps, int64_t bytes_per_step) const {
         int64_t bytes = 0;
         check(l2_bytes(bytes));
+        if (bytes == 0) bytes = 32 << 20;  // a driver that does not tell
         const int64_t fit = bytes / 2 / (bytes_per_step > 0 ? bytes_per_step : 1);
         return fit < 1 ? 1 : fit < steps ? fit : steps;
     }
@@ -151,6 +152,13 @@ Events<T> events(const Device& on, const Tensor& row_ptr, const Tensor& indices,
 inline void check_events(const Tensor& row_ptr, int64_t n_rows, const char* name) {
     STD_TORCH_CHECK(row_ptr.numel() == n_rows + 1, name, ": expected ", n_rows + 1, " row pointers, got ",
                     row_ptr.numel());
+}
+
+// Kernels count words of bits in 32 bits.
+inline void check_size(int64_t n_rows, int64_t columns, const char* name) {
+    STD_TORCH_CHECK(n_rows < int64_t{1} << 31 && n_rows * words_of(columns) < int64_t{1} << 32, name,
+                    ": expected fewer than 2**31 rows and 2**32 words of 32 columns, got ", n_rows, " rows of ",
+                    columns, ". Split the batch");
 }
 
 template <typename T>
