@@ -21,10 +21,6 @@ from sparse_backend.ops.leaky_dense import call_leaky_dense, leaky_dense
 from sparse_backend.ops.linear_leaky import call_linear_leaky
 
 
-#: entries up to which the surrogate's own node in the graph costs less than taking its derivative apart from it
-_SMALL = 1 << 15
-
-
 class Result(NamedTuple):
     """One layer over one sequence. Fractions are of all T * B * N entries."""
 
@@ -159,9 +155,8 @@ def _run_dense(
     reset_delay = reset_delay or reset == NONE
     keeps = keep_mem or not reset_delay
     learns = torch.is_grad_enabled() and torch._C._any_requires_grad(tensor, beta, threshold, mem)
-    small = tensor.numel() <= _SMALL
     options = (reset, reset_delay)
-    if small and reset_delay:
+    if shape[0] == 1 and reset_delay:  # of one step the surrogate's intermediate results are in cache anyway
         x, mem_last, mem_seq = call_leaky_dense(tensor, beta, threshold, mem, None, *options, b_th, keeps)
         spikes, kept = spike_grad(x), 2
     else:

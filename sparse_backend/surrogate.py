@@ -28,7 +28,7 @@ def derivative(spike_grad: SpikeGrad, x: Tensor) -> Tensor:
         spikes = spike_grad(x)
         if not spikes.requires_grad:
             return torch.zeros_like(x)
-        (g,) = torch.autograd.grad(spikes, x, torch.ones_like(spikes), allow_unused=True)
+        (g,) = torch.autograd.grad(spikes, x, spikes.new_ones(()).expand_as(spikes), allow_unused=True)
     return torch.zeros_like(x) if g is None else g.to(x.dtype)
 
 
@@ -39,16 +39,17 @@ AT_ONCE = 1 << 18
 def derivative_in_pieces(spike_grad: SpikeGrad, x: Tensor, b_th: float = math.inf) -> Tensor:
     """g at x where |x| < b_th, else 0, piece by piece on a CPU: a surrogate makes several tensors of x's size."""
 
-    def masked(piece: Tensor) -> Tensor:
-        g = derivative(spike_grad, piece)
-        return g if math.isinf(b_th) else torch.ops.aten.hardtanh_backward(g, piece, -b_th, b_th)  # in one pass
-
     if x.numel() <= AT_ONCE or x.device.type != "cpu":
-        return masked(x)
-    g = torch.empty_like(x)
-    for piece, out in zip(x.view(-1).split(AT_ONCE), g.view(-1).split(AT_ONCE), strict=True):
-        out.copy_(masked(piece))
-    return g
+        g = derivative(spike_grad, x)
+        return g if math.isinf(b_th) else torch.ops.aten.hardtanh_backward(g, x, -b_th, b_th)  # the mask, in one pass
+    result = torch.empty_like(x)
+    for piece, out in zip(x.view(-1).split(AT_ONCE), result.view(-1).split(AT_ONCE), strict=True):
+        g = derivative(spike_grad, piece)
+        if math.isinf(b_th):
+            out.copy_(g)
+        else:
+            torch.ops.aten.hardtanh_backward.grad_input(g, piece, -b_th, b_th, grad_input=out)
+    return result
 
 
 class _Spikes(torch.autograd.Function):

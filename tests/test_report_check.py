@@ -136,7 +136,9 @@ def test_the_table_names_every_layer():
     report = sparse_backend.report(net)
     assert isinstance(report, Report)
     head, rule, *rows = str(report).splitlines()
-    assert head.split() == ["layer", "path", "at", "once", "b_th", "active", "spikes", "kept", "dense", "why", "not", "faster"]
+    assert head.split("  ")[0] == "layer"
+    for column in ("path", "at once", "b_th", "active", "spikes", "kept", "dense", "why not faster"):
+        assert column in head
     assert set(rule) == {"-", " "}
     assert [row.split()[0] for row in rows[:3]] == ["neurons.0", "neurons.1", "other"]
     assert "framework" in rows[0] and "state_quant" in rows[0]
