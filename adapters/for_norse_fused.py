@@ -13,7 +13,7 @@ from sparse_backend.deferred import DeferredCurrent
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute_lif import LIResult
 from sparse_backend.tensorlike import TensorLike
-from sparse_backend.timefusion.recorder import Placeholder, Recording, take
+from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take
 from sparse_backend.timefusion.sites import NeuronSite
 
 from .for_norse_call import Call, OwnWeights, begins_as_norse, fitting, initial_state, shaped, why_not_recurrent
@@ -55,7 +55,7 @@ def _record_first(
 ) -> list[Placeholder] | None:
     """The same for a call that is not just one more of the last one's kind: it is looked at closely."""
     if type(current) is Tensor:
-        if current.layout is not torch.strided or current.is_inference():
+        if current.layout is not torch.strided or not is_watchable(current):
             return None
     elif type(current) is not Placeholder and type(current) is not DeferredCurrent:
         return None
@@ -74,7 +74,7 @@ def _record_first(
         part = fitting(part, shape, dtype, device, of_norse=of_norse)
         if part is None:
             return None
-        states.append(part.clone() if part.is_inference() else part)
+        states.append(part if is_watchable(part) else part.clone())
     recurrent = module.recurrent_weights if kind.recurrent else None
     if recurrent is not None and why_not_recurrent(recurrent, shape, current, in_time=True) is not None:
         return None
@@ -140,6 +140,8 @@ class CellSite(NeuronSite):
             functools.partial(_sequence, layer, kind, plan, recurrent),
             parts if recurrent is None else [*parts, recurrent],
         )
+        n_states = len(kind.state._fields)  # type: ignore[attr-defined]
+        self.state_slots = tuple(range(_n_outputs(kind) - n_states, _n_outputs(kind)))
         self.plan = plan  # keeps its id from being used again
         self._p, self._dt, self._activation, self._recurrent = module.p, module.dt, plan.parts.step, recurrent
         tau = plan.parts.tau_syn_inv

@@ -14,7 +14,7 @@ from sparse_backend.deferred import DeferredCurrent, WeightCache, unusual
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute import run_leaky
 from sparse_backend.tensorlike import TensorLike
-from sparse_backend.timefusion.recorder import Placeholder, Recording, take
+from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take
 from sparse_backend.timefusion.sites import NeuronSite
 
 from . import for_snntorch as step_form
@@ -57,7 +57,7 @@ def _record_first(
     """The same for a call that is not just one more of the last one's kind: it is looked at closely."""
     own, buffers = module.__dict__, module._buffers
     kind = type(input_)
-    if kind is not Placeholder and kind is not DeferredCurrent and (kind is not Tensor or input_.is_inference()):
+    if kind is not Placeholder and kind is not DeferredCurrent and (kind is not Tensor or not is_watchable(input_)):
         return None
     if type(before) is not Placeholder and type(before) is not Tensor:
         return None
@@ -84,8 +84,8 @@ def _record_first(
     else:
         start = into.state_ref(before)
         if type(start) is Tensor:
-            if start.is_inference():
-                start = start.clone()  # has no version to be watched by
+            if not is_watchable(start):
+                start = start.clone()
             else:
                 into.watch(start)
     key = (id(module), id(plan), into.mode())
@@ -113,7 +113,7 @@ def _same_objects(own: Any, buffers: Any, parameters: Any, modules: Any, parts: 
         and (buffers.get("threshold") is threshold or parameters.get("threshold") is threshold)
         and (buffers.get("graded_spikes_factor") is graded or parameters.get("graded_spikes_factor") is graded)
         and buffers.get("reset_mechanism_val") is parts.reset_number
-        and (own.get("spike_grad") or modules.get("spike_grad")) is parts.spike_grad
+        and (own["spike_grad"] if "spike_grad" in own else modules.get("spike_grad")) is parts.spike_grad
         and getattr(function, "__func__", function) is parts.state_function
         and own["reset_delay"] is parts.reset_delay
         and own["state_quant"] is parts.state_quant
@@ -142,6 +142,7 @@ def _site(into: Recording, state: LayerState, plan: Any) -> Any:
         functools.partial(_sequence, state, plan),
         [parts.beta, parts.threshold, parts.graded],
     )
+    site.state_slots = (1,)
     site.plan = plan  # keeps its id from being used again
     site.learns = parts.beta.requires_grad or parts.threshold.requires_grad or parts.graded.requires_grad
     site.spike_dtype = surrogate.spike_dtype(parts.spike_grad, torch.empty(0, dtype=plan.dtype))

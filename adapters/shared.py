@@ -17,7 +17,7 @@ from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike, implements
 from sparse_backend.timefusion import recorder
-from sparse_backend.timefusion.recorder import Placeholder, Recording
+from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable
 from sparse_backend.timefusion.sites import LinearSite
 
 _FLOATS = (torch.float32, torch.float64)
@@ -75,13 +75,14 @@ def count(
     layer.path, layer.reason = f"dense {form}", why_dense
     if layer.reason is None:
         layer.reason = "b_th is infinite" if math.isinf(b_th) else policy.WHY_ACTIVE
-    if not (in_time or asked_dense or math.isinf(b_th)):
+    if not (asked_dense or math.isinf(b_th)):
         layer.went_dense()
-    if in_time or tally.dense_steps % layer.COUNT_DENSE_EVERY == 0:
-        active = result.n_active
-        tally.active += int((result.x.abs() < b_th).count_nonzero()) if active is None else active
-        tally.spikes += int((result.x > 0).count_nonzero())
-        tally.counted += entries
+    first = -tally.dense_steps % layer.COUNT_DENSE_EVERY
+    if first < steps:
+        x = result.x.reshape(steps, -1)[first :: layer.COUNT_DENSE_EVERY]
+        tally.active += x.numel() if math.isinf(b_th) else int((x.abs() < b_th).sum())
+        tally.spikes += int((x > 0).sum())
+        tally.counted += x.numel()
     tally.dense_steps += steps
 
 
@@ -155,7 +156,8 @@ class LinearState:
             self.static = None
             return None
         self.skip_next = _SKIP_FIRST
-        self.static = None if x.requires_grad or x.is_inference() else (weakref.ref(x), x._version, found)
+        kept = not (x.requires_grad or x.is_inference() or torch.is_inference_mode_enabled())
+        self.static = (weakref.ref(x), x._version, found) if kept else None
         return found
 
 
@@ -230,16 +232,16 @@ def record_linear(
                 ref[0].used |= 1 << ref[1]
                 return site.add((ref,))[0]
         elif type(input) is Tensor:
-            if input._base is site.sliced and input.shape == site.slice_shape:
+            if input._base is site.sliced and site.recording is into and input.shape == site.slice_shape:
                 return site.add((input,))[0]
-        elif type(input) is EventTensor and input.origin is site.sliced and input.is_events:
+        elif type(input) is EventTensor and input.origin is site.sliced and site.recording is into and input.is_events:
             return site.add((input,))[0]
     kind = type(input)
     if kind is not Placeholder:
         if kind is Tensor:
             if input._base is None or input.requires_grad or input.layout is not torch.strided:
                 return None
-            if input.is_inference() or not input.untyped_storage().resizable():  # written without a trace: numpy's
+            if not is_watchable(input):
                 return None
         elif not (kind is EventTensor and input.is_events):
             return None

@@ -27,20 +27,30 @@ class WeightHub:
     Without a token, weight and bias take part in autograd themselves.
     """
 
-    __slots__ = ("bias", "cache", "id", "token", "used", "weight")
+    __slots__ = ("_versions", "bias", "cache", "id", "token", "used", "weight")
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, token: Tensor | None, id: int, cache: WeightCache | None = None
     ) -> None:
         self.weight, self.bias, self.token, self.id, self.cache = weight, bias, token, id, cache
         self.used = False
+        self._versions = _versions(weight, bias) if cache is None else None
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if a weight that was not copied has been written to since the linear layer was called."""
+        if self._versions is not None and self._versions != _versions(self.weight, self.bias):
+            raise RuntimeError(
+                f"a linear layer's output was first looked at after its weight {list(self.weight.shape)} was changed "
+                "in place. Look at it before: .to_dense() computes it"
+            )
 
     def verified(self) -> WeightHub:
         """This hub, or a new one if the weight was changed behind autograd's back (`.data`, numpy) since its last use.
 
         Costs a pass over the weight, so it is asked where a sequence begins, not at every step.
         """
-        if self.cache is None or not self.used or self.cache.is_current():
+        if self.cache is None or not self.used or self.cache.has_moved_on(self) or self.cache.is_current():
+            self.check_unchanged()
             self.used = True
             return self
         fresh = self.cache.renew()
@@ -95,6 +105,11 @@ class WeightCache:
     def bias(self) -> Tensor | None:
         return self._bias
 
+    def has_moved_on(self, hub: WeightHub) -> bool:
+        """Whether the weight is at another version, or served by another hub, than when this one's copy was made."""
+        assert self._weight is not None
+        return hub is not self._hub or self._now(self._weight, self._bias) != self._key
+
     def is_current(self) -> bool:
         """Whether the copies still equal the weight, judged by its sum."""
         return self._copies is not None and self._sum() == self._sums
@@ -123,6 +138,13 @@ class WeightCache:
         hub = WeightHub(copy, bias_copy, token, id, self)
         self._hub = hub if all(map(math.isfinite, sums)) else None
         return hub
+
+
+def _versions(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    return (
+        0 if weight.is_inference() else weight._version,
+        0 if bias is None or bias.is_inference() else bias._version,
+    )
 
 
 def _transposed(weight: Tensor) -> Tensor:

@@ -316,7 +316,7 @@ class EventTensor(TensorLike):
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         """The dense tensor [..., N]; made once, differentiable where the handle is, whoever asks first."""
-        if self._dense is None:
+        if self._dense is None or (self._dense.is_inference() and not torch.is_inference_mode_enabled()):
             with torch.set_grad_enabled(self.learns or torch.is_grad_enabled()):
                 self._dense = self._make_dense()
             if not self._dense.is_inference():

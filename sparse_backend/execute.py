@@ -89,6 +89,7 @@ def _run_sparse(
         neuron_arguments = beta, threshold, mem, g
         if type(current) is DeferredCurrent:
             events, hub = current.events, current.hub
+            hub.check_unchanged()
             return (
                 events.row_ptr, events.indices, events.values, events.handle, events.active_ptr, events.active_indices,
                 hub.weight, hub.bias, *neuron_arguments, hub.token, hub.id, steps, batch, *options,

@@ -119,6 +119,7 @@ class _Arguments:
         self.input: tuple[Any, ...]
         if type(current) is DeferredCurrent:
             events, hub = current.events, current.hub
+            hub.check_unchanged()
             self.call, self.input = call_linear_lif, (
                 events.row_ptr, events.indices, events.values, events.handle, events.active_ptr, events.active_indices,
                 hub.weight, hub.bias, hub.token, hub.id, *shape[:2],

@@ -21,9 +21,16 @@ AUTO_MASS = 0.95
 SpikeGrad = Callable[[Tensor], Tensor]
 
 
+def _own_graph() -> Any:
+    """A graph that is made and used here alone: no checkpoint around it may answer its saved tensors."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
 def derivative(spike_grad: SpikeGrad, x: Tensor) -> Tensor:
     """g at x: the derivative torch.autograd gives for spike_grad. x: any shape; the result has its shape and dtype."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _own_graph():
         x = x.detach().requires_grad_()
         spikes = spike_grad(x)
         if not spikes.requires_grad:

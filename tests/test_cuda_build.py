@@ -71,9 +71,15 @@ def test_an_nvcc_that_knows_only_newer_gpus_is_named():
 def test_the_environments_list_of_targets():
     assert _build.listed_archs("8.0;9.0+PTX") == ["sm_80", "sm_90", "compute_90"]
     assert _build.listed_archs(" 8.6 12.0 ") == ["sm_86", "sm_120"]
-    for bad in ("7.5", "Hopper", "9"):
-        with pytest.raises(ValueError, match=f"TORCH_CUDA_ARCH_LIST: expected numbers of at least 8.0.*got '{bad}'"):
+    assert _build.listed_archs("7.5 8.0 8.6 9.0+PTX") == ["sm_80", "sm_86", "sm_90", "compute_90"]  # others' list
+    assert _build.listed_archs("9.0a;10.0f+PTX;9.0;") == ["sm_90", "sm_100", "compute_100"]
+    for bad in ("Hopper", "9", "8.0 Ampere", "9.0b"):
+        with pytest.raises(_build.BuildError, match=f"expected compute capabilities.*got '{bad.split()[-1]}'"):
             _build.listed_archs(bad)
+    with pytest.raises(
+        _build.BuildError, match=r"TORCH_CUDA_ARCH_LIST: expected one of at least 8\.0, got '7\.0 7\.5'"
+    ):
+        _build.listed_archs("7.0 7.5")
 
 
 def test_what_a_library_runs_on():
@@ -207,6 +213,37 @@ def test_prebuilt_kernels_must_run_on_every_gpu(monkeypatch, tmp_path):
     assert _build.find_prebuilt_cuda([(9, 0)], "2.12.1+cu130")[0] == library, "newer torch: same stable ABI"
     assert "not for compute capability 12.0" in _build.find_prebuilt_cuda([(9, 0), (12, 0)], "2.11.0+cu130")[1]
     assert "whose CUDA is not that of" in _build.find_prebuilt_cuda([(9, 0)], "2.11.0+cu126")[1]
+
+
+def test_prebuilt_kernels_that_do_not_load_are_built_here(a_gpu, tmp_path):
+    def load_library(path):
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    def build(description, **rest):
+        return _build.Built(tmp_path / "built.so", "key of " + " ".join(description.archs), loaded=True, seconds=1.0)
+
+    a_gpu.setenv("CUDA_HOME", str(tmp_path))
+    an_nvcc(tmp_path)
+    a_gpu.setattr(torch.ops, "load_library", load_library)
+    a_gpu.setattr(_build, "find_prebuilt_cuda", lambda *a: (tmp_path / "prebuilt.so", "usable"))
+    a_gpu.setattr(_build, "build", build)
+    found = _native._acquire_cuda()
+    assert found["archs"] == ["sm_90"] and found["key"] == "key of sm_90" and found["origin"] == "built"
+    assert found["prebuilt"].startswith("ignored: it does not load (libcudart")
+
+
+def test_an_interrupted_first_build_is_tried_again(loads, a_gpu):
+    def interrupted():
+        loads.append(1)
+        raise KeyboardInterrupt
+
+    built = _native._acquire_cuda
+    a_gpu.setattr(_native, "_acquire_cuda", interrupted)
+    a_gpu.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        _native.load()
+    a_gpu.setattr(_native, "_acquire_cuda", built)
+    assert _native.load() and len(loads) == 2 and _native.status()["cuda"]["state"] == "loaded"
 
 
 # When they are loaded.

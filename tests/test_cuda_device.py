@@ -5,6 +5,9 @@ test_cuda_device_ops.py has the ops against their twins there; test_cuda_kernels
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import emulation
 import pytest
 import test_ops as cases
@@ -147,10 +150,37 @@ def test_the_sparse_regime_can_be_captured_once_it_has_run():
         weight.mul_(factor)
         graph.replay()
         check(captured)
-    weight.mul_(8.0)  # far more events than room: no result
-    graph.replay()
-    if int(captured.spike_ptr[-1]) == captured.spike_indices.numel():
-        assert bool(captured.mem_last.isnan().all())
+
+
+SHORT = """
+import torch
+from sparse_backend import _native
+from sparse_backend.ops import leaky as leaky_ops
+
+torch.cuda.init()
+_native.load()
+current = torch.full((5, 3, 401), -9.0, device="cuda")
+neuron = (torch.tensor(0.5, device="cuda"), torch.tensor(1.0, device="cuda"), None, None)
+rest = (leaky_ops.NONE, True, 0.5, False, False, False, False, 1.0)
+leaky_ops.leaky(current, *neuron, *rest)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    leaky_ops.leaky(current, *neuron, *rest)
+graph.replay()
+torch.cuda.synchronize()
+print("as long as it fits")
+current.fill_(9.0)  # 6015 spikes, room for 1024
+graph.replay()
+torch.cuda.synchronize()
+print("no further")
+"""
+
+
+def test_a_replay_that_needs_more_room_than_there_is_fails():
+    """In a process of its own, which can use the device no more."""
+    answer = subprocess.run([sys.executable, "-c", SHORT], capture_output=True, text=True, timeout=300)
+    assert answer.stdout == "as long as it fits\n" and answer.returncode != 0
+    assert "CUDA error" in answer.stderr
 
 
 def test_out_of_memory_leaves_the_next_call_working():

@@ -15,7 +15,7 @@ import torch
 from helpers import dyadic, generator, normal
 from test_ops import *  # noqa: F403
 
-from sparse_backend import _build
+from sparse_backend import _build, arguments
 from sparse_backend.ops import event_linear as event_linear_ops
 from sparse_backend.ops import events as event_ops
 from sparse_backend.ops import hub as hub_ops
@@ -77,6 +77,16 @@ def test_a_race_shows_in_another_order():
         assert emulation.library().emulation_run_wrong(len(WRONG), 32, ctypes.byref(out)) == b""
         results.add(out.value)
     assert len(results) == 3
+
+
+def test_an_op_reaches_its_own_tensors_alone():
+    """What an earlier op could reach may have been freed."""
+    first, second = torch.eye(40), torch.eye(40)
+    event_ops.events_from_dense(first, 1.0)
+    assert emulation.library().emulation_reaches(ctypes.c_void_p(first.data_ptr()))
+    event_ops.events_from_dense(second, 1.0)
+    assert emulation.library().emulation_reaches(ctypes.c_void_p(second.data_ptr()))
+    assert not emulation.library().emulation_reaches(ctypes.c_void_p(first.data_ptr()))
 
 
 # Chunks, orders, waits.
@@ -149,6 +159,13 @@ def test_one_wait_per_forward_and_none_per_backward():
     assert waits(lambda: hub_ops.outer_accumulate(*sums, delta, *forward[:3])) == 0
 
 
+def test_a_weight_elsewhere_is_not_looked_at():
+    """Whether all of it is finite is known to the device alone."""
+    weight = torch.full((3, 4), torch.inf)
+    assert not arguments.is_finite(weight) and arguments.is_finite(weight.zero_())
+    assert arguments.is_finite(weight.to("meta"))
+
+
 def test_launches_do_not_grow_with_the_steps():
     def launches(steps):
         current = dyadic((steps, 2, 40), 1)
@@ -168,6 +185,29 @@ def test_room_that_was_too_little_is_made_again():
     assert waits(lambda: leaky_ops.leaky(*args)) == 2
     assert waits(lambda: cases.compare_forward(leaky_ops.leaky(*args), leaky_twins.leaky(*args), F32)) == 1
     assert cases.overflowed(leaky_ops.leaky(*args[:-1], 0.4))
+
+
+def test_room_is_that_of_the_busiest_layer_of_a_shape():
+    emulation.set_device(l2_bytes=ONE_STEP)
+    shape = (9, 1, 1503)  # one no other test has
+    neuron = (torch.tensor(0.0), torch.tensor(1.0), None, None)
+    layers = [torch.full(shape, 1.0), torch.full(shape, -9.0), torch.full(shape, -9.0)]  # one active, two not
+    for layer in layers:
+        leaky_ops.leaky(layer, *neuron, *cases.options("none"))
+    for layer in layers * 3:
+        assert waits(lambda: leaky_ops.leaky(layer, *neuron, *cases.options("none"))) == 1  # noqa: B023
+
+
+def test_room_fades_when_the_busiest_layer_is_gone():
+    shape = (4, 1, 1505)  # one no other test has
+    neuron = (torch.tensor(0.0), torch.tensor(1.0), None, None)
+    rooms = []
+    for current in (1.0, *[-9.0] * 25):
+        leaky_ops.leaky(torch.full(shape, current), *neuron, *cases.options("none"))
+        with emulation.capture():
+            out = LeakyOutput(*leaky_ops.leaky(torch.full(shape, -9.0), *neuron, *cases.options("none")))
+        rooms.append(out.active_indices.numel())
+    assert rooms[0] == 4 * 1505 and rooms[1:] == sorted(rooms[1:], reverse=True) and rooms[-1] < 0.8 * rooms[0]
 
 
 # Captures: room is fixed beforehand, lists are longer than what they hold.
@@ -212,14 +252,32 @@ def test_gradients_of_room_that_is_left_are_zero():
     assert gathered.shape == longer.shape and not bool(gathered[-5:].any())
 
 
-def test_a_replay_that_needs_more_room_than_there_is_cannot_pass_for_a_result():
-    neuron = (torch.tensor(0.0), torch.tensor(1.0), None, None)
-    quiet, busy = torch.full((5, 3, 401), 9.0), torch.full((5, 3, 401), 1.0)  # a shape no other test has
-    leaky_ops.leaky(quiet, *neuron, *cases.options("none"))
-    with emulation.capture():
-        out = LeakyOutput(*leaky_ops.leaky(busy, *neuron, *cases.options("none")))
-    assert bool(out.x.isnan().all()) and bool(out.mem_last.isnan().all())
-    assert int(out.active_ptr[-1]) == out.active_indices.numel() < busy.numel()
+@pytest.mark.parametrize("which", ["active", "spike", "reset"])
+@pytest.mark.parametrize("l2_bytes", [emulation.L2_BYTES, FEW_STEPS], ids=["one chunk", "chunks"])
+def test_a_replay_that_needs_more_room_than_there_is_fails(which, l2_bytes):
+    """Whichever list is too short: one without its end would pass for a result, further on in finite numbers."""
+    emulation.set_device(l2_bytes=l2_bytes)
+    steps = ["active", "spike", "reset"].index(which) + 5
+    shape = (steps, 3, 401 if l2_bytes == FEW_STEPS else 411)  # shapes no other test has
+    current, mem = {"active": (1.0, 0.0), "spike": (9.0, 0.0), "reset": (-9.0, 9.0)}[which]
+    args = (torch.full(shape, current), torch.tensor(0.0), torch.tensor(1.0), torch.full(shape[1:], mem), None)
+    found = LeakyOutput(*leaky_twins.leaky(*args, *cases.options("none")))._asdict()
+    for name in ("active", "spike", "reset"):
+        assert (int(found[f"{name}_ptr"][-1]) > 1024) == (name == which)
+    leaky_ops.leaky(torch.full(shape, -9.0), *args[1:3], None, None, *cases.options("none"))
+    with emulation.capture(), pytest.raises(RuntimeError, match=r"CUDA: .*trap"):
+        leaky_ops.leaky(*args, *cases.options("none"))
+
+
+def test_a_failure_is_told_once():
+    """The runtime keeps the last error for whoever asks next, which would be torch, about a kernel of its own."""
+    neuron = (torch.tensor(0.5), torch.tensor(1.0), None, None)
+    leaky_ops.leaky(torch.full((5, 3, 409), -9.0), *neuron, *cases.options())  # a shape no other test has
+    with emulation.capture(), pytest.raises(RuntimeError, match="CUDA: "):
+        leaky_ops.leaky(torch.full((5, 3, 409), 9.0), *neuron, *cases.options())
+    assert emulation.library().emulation_last_error() == 0
+    out = LeakyOutput(*leaky_ops.leaky(torch.full((5, 3, 409), 9.0), *neuron, *cases.options()))
+    assert out.spike_indices.numel() == 5 * 3 * 409
 
 
 def test_what_a_capture_cannot_do_is_named():

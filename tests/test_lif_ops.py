@@ -31,6 +31,7 @@ from test_ops import (
     make_events,
     numbers,
     spread,
+    spread_floats,
 )
 from torch import Tensor
 
@@ -330,7 +331,7 @@ def test_a_layer_without_inputs_gets_its_bias(layout, neurons):
 
 
 def test_strided_arguments():
-    """Currents, states and gradients as views of something larger. Coefficients and events come contiguous."""
+    """All floats as views of something larger but coefficients, which come contiguous, as do events."""
     current = normal((5, 3, 18), 1)
     neuron = make_neuron(18, 3, F64, recurrent=True)
     kept = Options(True, True, True)
@@ -340,7 +341,7 @@ def test_strided_arguments():
     neuron = neuron._replace(g=normal(out.x.shape, 5).abs())
     grads = [normal(part.shape, 6 + k) for k, part in enumerate(out[:5])]
     rest = (*lif_ops.saved_for_backward(out, neuron, 255), *lif_ops.sizes_of((5, 3, 18), neuron, 255))
-    ours = lif_ops.lif_backward(*map(spread, grads), *rest)
+    ours = lif_ops.lif_backward(*map(spread, grads), *spread_floats(rest[:8]), *rest[8:])
     compare_backward(ours, lif_twins.lif_backward(*grads, *rest), ("current", *NEEDS))
 
 

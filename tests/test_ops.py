@@ -6,8 +6,10 @@ Ranges of indices are the constructor's duty (`EventTensor`): release kernels tr
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
+import mmap
 from typing import Any, NamedTuple
 
 import pytest
@@ -555,7 +557,7 @@ def test_no_active_entry_is_not_too_many():
 
 
 def test_strided_arguments():
-    """Currents, membranes and gradients as views of something larger. Parameters and events come contiguous."""
+    """All floats as views of something larger but parameters, which come contiguous, as do events."""
     current, mem = normal((5, 3, 18), 1), normal((3, 18), 2)
     beta, threshold = parameter("beta", True, 18, 3, F64), parameter("threshold", True, 18, 4, F64)
     options = (CODES["zero"], False, 0.5, True, True, True, False, 1.0)
@@ -564,8 +566,15 @@ def test_strided_arguments():
     g, grads = normal(out.x.shape, 5), (normal(out.x.shape, 6), normal((3, 18), 7), normal((5, 3, 18), 8))
     saved = leaky_ops.saved_for_backward(out, beta, threshold, mem, g, CODES["zero"], False, True, True)
     rest = (5, 3, 18, CODES["zero"], False, True, True, True)
-    ours = leaky_ops.leaky_backward(*map(spread, grads), *saved, *rest)
+    ours = leaky_ops.leaky_backward(*map(spread, grads), *spread_floats(saved[:-2]), *saved[-2:], *rest)
     equal(ours, leaky_twins.leaky_backward(*grads, *saved, *rest), "backward")
+
+    args = (beta, threshold, mem, None, CODES["zero"], False, 0.5, True)
+    x, _, mem_seq = leaky_dense_ops.leaky_dense(current, *args)
+    grads, saved = (normal((5, 3, 18), 6), *grads[1:]), (x, normal((5, 3, 18), 5), mem_seq, mem)
+    rest = (beta, threshold, 5, 3, 18, CODES["zero"], False, 0.5, True, True, True)
+    ours = leaky_dense_ops.leaky_dense_backward(*map(spread, grads), *map(spread, saved), *rest)
+    equal(ours, leaky_twins.leaky_dense_backward(*grads, *saved, *rest), "dense backward")
 
     x = make_events(15, 40, 0.2, 9, F64, graded=True)
     weight = normal((18, 40), 10, scale=0.3)
@@ -577,6 +586,54 @@ def test_strided_arguments():
 def spread(tensor: Tensor | None) -> Tensor | None:
     """The same numbers, two apart, with something else between them."""
     return None if tensor is None else torch.stack([tensor, tensor - 1], -1)[..., 0]
+
+
+def spread_floats(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    return [spread(t) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+@pytest.mark.parametrize("reset", ["subtract", "zero"])
+def test_a_second_reset_whose_surrogate_derivative_nobody_needs(reset):
+    """g is None where a gradient arrives at the membrane alone: no jump is passed back, spikes or not."""
+    neuron = parameter("beta", True, 18, 3, F64), parameter("threshold", True, 18, 4, F64)
+    out = LeakyOutput(*leaky_ops.leaky(normal((5, 3, 18), 1), *neuron, None, None, *options(reset, False)))
+    assert out.spike_indices.numel() and out.active_indices.numel()
+    saved = leaky_ops.saved_for_backward(out, *neuron, None, None, CODES[reset], False, True, True)
+    args = (None, normal((3, 18), 5), None, *saved, 5, 3, 18, CODES[reset], False, True, True, True)
+    equal(leaky_ops.leaky_backward(*args), leaky_twins.leaky_backward(*args))
+
+
+def before_a_guard(numbers: Tensor) -> Tensor:
+    """The same entries, the last one at the end of a page after which nothing may be read."""
+    page = mmap.PAGESIZE
+    size = numbers.numel() * numbers.element_size()
+    room = mmap.mmap(-1, (-(-size // page) + 1) * page)
+    GUARDED.append(room)
+    libc = ctypes.CDLL(None, use_errno=True)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(room)) + len(room) - page
+    assert libc.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0) == 0
+    guarded = torch.frombuffer(room, dtype=numbers.dtype, count=numbers.numel(), offset=len(room) - page - size)
+    return guarded.copy_(numbers.reshape(-1))
+
+
+GUARDED: list[mmap.mmap] = []  #: mapped for good
+
+
+@pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs mprotect")
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_weight_whose_last_row_ends_with_its_storage(dtype):
+    """Laid out as kernels want it but for the padding behind the last input's row, which is nobody's."""
+    inputs, neurons = 9, 5
+    storage = before_a_guard(dyadic(((inputs - 1) * 16 + neurons,), 1, dtype))
+    weight = storage.as_strided((neurons, inputs), (1, 16))
+    x = make_events(6, inputs, 1.0, 2, dtype)
+    args = (*x[1:], None, None, None)
+    ours = event_linear_ops.event_linear(*args, weight, None, None, 0)
+    equal(ours, x.dense @ weight.t())
+    rest = (x.row_ptr, x.indices, weight, 1, False, False)
+    delta = dyadic((6, neurons), 3, dtype)
+    ours = event_linear_ops.event_linear_backward(delta, *x[1:], *rest)[0]
+    equal(ours, (delta @ weight).reshape(-1))
 
 
 # Threads and races.
@@ -982,3 +1039,22 @@ def test_arguments_that_do_not_fit_raise(change, what):
         message = str(error.value)
         assert "linear_leaky" in message or next(iter(change)) in message or "input events" in message, what
         assert "expected" in message
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (1,)])
+def test_a_membrane_that_does_not_fit_a_dense_layer_raises(shape):
+    neuron = torch.tensor(0.9), torch.tensor(1.0), torch.ones(shape), None
+    if shape == (1,) and not _native.available():
+        pytest.skip("the twin broadcasts")
+    with pytest.raises(Exception) as error:
+        leaky_dense_ops.leaky_dense(torch.ones(4, 2, 6), *neuron, CODES["subtract"], True, INF, False)
+    assert not _native.available() or "mem: expected [2, 6]" in str(error.value)
+
+
+@pytest.mark.parametrize("steps", [0, -3, 4])
+def test_a_sum_over_steps_that_do_not_divide_the_rows_raises(steps):
+    x = make_events(15, 6, 0.3, 1, F64)
+    with pytest.raises(Exception) as error:
+        event_ops.events_sum(torch.zeros(0, dtype=F64), *x[1:], None, None, 6, steps)
+    expected = f"steps: expected a number that divides the 15 rows, got {steps}"
+    assert not _native.available() or expected in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,28 +70,45 @@ def fused_forward(module: Any, state: FusionState, *args: Any, **kwargs: Any) ->
 def values(out: Any) -> Any:
     """`out` with every placeholder in it replaced by what it stands for."""
     if type(out) is Placeholder:
-        return out.value()
-    return tree_map(lambda leaf: leaf.value() if type(leaf) is Placeholder else leaf, out)
+        return _own(out)
+    return tree_map(lambda leaf: _own(leaf) if type(leaf) is Placeholder else leaf, out)
+
+
+def _own(placeholder: Placeholder) -> Any:
+    """A value that leaves the forward: not a view of all steps, which its owner could not write to."""
+    value = placeholder.value()
+    return value.clone() if type(value) is torch.Tensor and value._base is not None and value.requires_grad else value
 
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 def _settle(net: nn.Module) -> None:
-    """Give values to the placeholders that a forward has left in attributes and buffers."""
+    """Give values to the placeholders that a forward has left in attributes, buffers, and lists and dicts there."""
     for module in net.modules():
-        for name, buffer in module._buffers.items():
-            if type(buffer) is Placeholder:
-                module._buffers[name] = buffer.to_dense()
-        own = module.__dict__
-        for name, kept in own.items():
+        _settle_in(module._buffers)
+        for name, kept in module.__dict__.items():
             if type(kept) is Placeholder:
-                own[name] = kept.value()
-            elif type(kept) in (list, tuple, dict) and name not in _OF_EVERY_MODULE and kept:
-                if type(kept) is list:
-                    kept[:] = values(kept)
-                else:
-                    own[name] = values(kept)
+                module.__dict__[name] = kept.value()
+            elif name not in _OF_EVERY_MODULE:
+                _settle_in(kept)
+
+
+def _settle_in(kept: Any) -> None:
+    """The same in a container, which stays the object it is."""
+    if isinstance(kept, dict):
+        items: Any = kept.items()
+    elif isinstance(kept, (list, deque)):
+        items = enumerate(kept)
+    else:
+        return
+    for key, value in items:
+        if type(value) is Placeholder:
+            kept[key] = value.value()
+        elif type(value) is tuple and any(type(part) is Placeholder for part in value):
+            kept[key] = values(value)
+        elif value is not kept:
+            _settle_in(value)
 
 
 @contextmanager

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_backend import policy
-from sparse_backend.events import EventTensor
-from sparse_backend.tensorlike import TensorLike
+from sparse_backend.tensorlike import TensorLike, dense
 from sparse_backend.timefusion import recorder
-from sparse_backend.timefusion.recorder import Placeholder, Recording, paused, take
-from sparse_backend.timefusion.sites import FunctionSite, SumSite, collect
+from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, paused, take
+from sparse_backend.timefusion.sites import FunctionSite, SumSite
 
 #: entry by entry: one call on [T, ...]
 _ELEMENTWISE = {
@@ -51,7 +50,6 @@ _SAMPLEWISE = {
     F.max_pool1d: 3, F.max_pool2d: 4, F.max_pool3d: 5, torch.max_pool1d: 3, torch.max_pool2d: 4, torch.max_pool3d: 5,
     F.avg_pool1d: 3, F.avg_pool2d: 4, F.avg_pool3d: 5, torch.avg_pool1d: 3,
     F.adaptive_avg_pool1d: 3, F.adaptive_avg_pool2d: 4, F.adaptive_max_pool1d: 3, F.adaptive_max_pool2d: 4,
-    F.layer_norm: 0, F.group_norm: 0, torch.layer_norm: 0, torch.group_norm: 0,
 }  # fmt: skip
 
 #: those of them whose cost is memory: no more steps at once than stay in cache
@@ -64,12 +62,21 @@ _STEPWISE = {
     Tensor.amin, torch.argmax, Tensor.argmax, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm,
     torch.bmm, Tensor.bmm, torch.einsum, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute, Tensor.t,
     Tensor.detach, Tensor.clone, torch.clone, Tensor.contiguous, Tensor.__getitem__, F.pad, F.interpolate,
-    F.normalize, torch.zeros_like, torch.ones_like, torch.detach,
+    F.normalize, F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm, torch.zeros_like, torch.ones_like,
+    torch.detach,
     F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
 }  # fmt: skip
 
 #: those that refuse tensors of different dtypes, which meta tensors do not
 _ONE_DTYPE = {*_SAMPLEWISE, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
+
+_WITHOUT_GRADIENT = {Tensor.detach, torch.detach, torch.zeros_like, torch.ones_like}
+
+#: whose result may share its argument's memory: a write to the one is a write to the other
+_VIEWS = {
+    *_RESHAPES, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute, Tensor.t, Tensor.detach, torch.detach,
+    Tensor.contiguous, Tensor.__getitem__, Tensor.float, Tensor.double,
+}  # fmt: skip
 
 _PURE = {*_ELEMENTWISE, *_RESHAPES, *_SAMPLEWISE, *_STEPWISE}
 _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
@@ -102,9 +109,11 @@ def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         result = _running_sum(into, *args) if function in _ADDITIONS and len(args) == 2 and not kwargs else None
         if result is None:
             result = _record(into, function, args, kwargs)
+            if result is not None and function in _VIEWS and type(args[0] if args else None) is Placeholder:
+                result.views(args[0], functools.partial(_again, function, args[1:], kwargs))
         return NotImplemented if result is None else result
     if function is Tensor.add_ and type(args[0]) is Tensor:
-        held_once = sys.getrefcount(args[0]) <= _HELD_ONCE
+        held_once = sys.version_info < (3, 14) and sys.getrefcount(args[0]) <= _HELD_ONCE  # later ones borrow
         rebinds = held_once and len(args) == 2 and not kwargs and _is_plus_equals(sys._getframe(2))
         total = _running_sum(into, *args) if rebinds and _is_whole(*args) else None
         return NotImplemented if total is None else total
@@ -112,10 +121,16 @@ def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return _written(into, _IN_PLACE[function], args[0], args, kwargs)
     if function is F.dropout:
         return _dropout(into, *args, **kwargs)
-    if function is F.batch_norm or function is torch.batch_norm:
+    if function is F.batch_norm:
         result = _batch_norm(into, *args, **kwargs)
         return NotImplemented if result is None else result
     return NotImplemented
+
+
+def _again(function: Any, args: Any, kwargs: dict[str, Any], base: Tensor) -> Tensor:
+    """A view made of a tensor's values as it was recorded of its placeholder."""
+    args, kwargs = dense((args, kwargs))
+    return function(base, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 class _Probe(Tensor):
@@ -159,7 +174,7 @@ def _is_whole(total: Tensor, x: Any) -> bool:
 def _written(into: Recording, function: Any, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Record a write to a placeholder: it stands for the result from now on. Where a recorded call has taken its
     numbers already, maybe through a view, it is written as torch does."""
-    if type(target) is not Placeholder or target._dense_only or target.spec.recording is not into:
+    if type(target) is not Placeholder or target._dense_only or target.spec.recording is not into or target.is_view:
         return NotImplemented
     node, slot = target.ref
     if (node.used | node.taken) >> slot & 1 or target._dense is not None:
@@ -193,22 +208,25 @@ def _stacked(tensors: Any, dim: int = 0, **_: Any) -> Any:
         here, refs = refs[:length], refs[length:]
         if any(ref[0].run is not node.run or ref[1] != here[0][1] or ref[0].index != i for i, ref in enumerate(here)):
             return None
-        pieces.append(collect(here))
+        pieces.append(node.run.hand_out(here[0][1]))
     if len(pieces) == 1:
-        sequence = pieces[0]
-        keep = not isinstance(sequence, TensorLike) or type(sequence) is EventTensor
-        return sequence if keep else sequence.to_dense()
+        return pieces[0]
     return torch.cat([piece.to_dense() if isinstance(piece, TensorLike) else piece for piece in pieces])
 
 
 def _running_sum(into: Recording, a: Any, b: Any) -> Placeholder | None:
     """total + x, if that continues a sum over steps, or begins one."""
-    if type(b) is Placeholder and type(b.ref[0].site) is SumSite:
+    if type(b) is Placeholder:
+        if type(b.ref[0].site) is SumSite:
+            a, b = b, a
+    elif type(b) in (int, float) and b == 0:  # `0 + x` arrives as x + 0
         a, b = b, a
     if type(b) is not Placeholder or b.spec.recording is not into or b._dense_only:
         return None
     spec = b.spec
     shape, dtype, learns = spec.shape, spec.dtype, spec.learns
+    if not dtype.is_floating_point:
+        return None
     if type(a) is Placeholder:
         if a.spec.recording is not into or a._dense_only or a.spec.shape != shape:
             return None
@@ -219,11 +237,12 @@ def _running_sum(into: Recording, a: Any, b: Any) -> Placeholder | None:
         site: Any = a.ref[0].site if continues else SumSite(into)
         dtype, learns = torch.promote_types(a.spec.dtype, dtype), a.spec.learns or learns
         start: Any = take(a.ref)
-    elif isinstance(a, (int, float)) and not isinstance(a, bool):
-        if isinstance(a, float) and not dtype.is_floating_point:
-            return None
+    elif isinstance(a, (int, float)) and a == 0:
         site, start = SumSite(into), a
-    elif type(a) is Tensor and a.device == spec.device and a.dim() and a.shape == shape and not a.is_inference():
+    elif type(a) is Tensor and a.device == spec.device and a.dim() and a.shape == shape and is_watchable(a):
+        if not a.is_floating_point() or id(a) in into.summed:
+            return None  # the same tensor added to every step is no running sum
+        into.summed[id(a)] = a
         site, start = SumSite(into), a
         dtype, learns = torch.promote_types(a.dtype, dtype), learns or (a.requires_grad and torch.is_grad_enabled())
         into.watch(a)
@@ -302,7 +321,7 @@ def _record(
         into.sites[key] = site = FunctionSite(into, call, folded, [t for t in fixed if not _is_one_of(t, writes)])
         learns = torch.is_grad_enabled() and any(t.requires_grad if type(t) is not Placeholder else t.learns
                                                  for t in (*tensors, *fixed))  # fmt: skip
-        learns = learns and dtype.is_floating_point and function not in (Tensor.detach, torch.detach)
+        learns = learns and dtype.is_floating_point and function not in _WITHOUT_GRADIENT
         site.outputs(first.device, (shape, dtype, learns))
         if function in _IN_CHUNKS and folded is not None:
             size = dtype.itemsize * (first.shape.numel() + shape.numel())
@@ -342,7 +361,7 @@ def _frame(value: Any, into: Recording, tensors: list[Any], fixed: list[Tensor],
         tensors.append(value)
         return _Hole(len(tensors) - 1, None)
     if isinstance(value, Tensor):
-        if isinstance(value, TensorLike) or value.is_inference():
+        if isinstance(value, TensorLike) or not is_watchable(value):
             return None
         if kind is torch.nn.Parameter or _is_one_of(value, writes):
             fixed.append(value)
@@ -392,7 +411,7 @@ def _shape_of(
     metas = tuple([(t.shape, t.dtype) for t in (*tensors, *fixed)])
     if function in _ONE_DTYPE and len({dtype for _, dtype in metas}) > 1:
         return None
-    key = (function, _anonymous(frame), names, metas)
+    key = (function, _anonymous(frame), names, metas, torch.get_default_dtype())
     if key in _shapes:
         return _shapes[key]
     try:
@@ -423,7 +442,7 @@ def _folded(
     """How T calls become one: (T, which tensors are one for all steps, *tensors) -> [T, *out], None where they cannot.
     shape: of the first placeholder in one step; out: of the result."""
     if function in _RESHAPES:
-        return lambda steps, constant, x, *_: x.reshape(steps, *out)
+        return lambda steps, constant, x, *_: None if constant[0] else x.reshape(steps, *out)
     if function in _ELEMENTWISE:
         return lambda steps, constant, *tensors: _elementwise(call, steps, constant, out, tensors)
     dims = _SAMPLEWISE.get(function, samplewise)

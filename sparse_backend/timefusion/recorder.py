@@ -28,7 +28,7 @@ _weak = weakref.ref
 class Run:
     """What one execution of a site gave: per output a sequence, and its steps when somebody asks for one."""
 
-    __slots__ = ("_last", "_mode", "_sequences", "_steps", "length")
+    __slots__ = ("_handed", "_last", "_mode", "_sequences", "_steps", "length")
 
     def __init__(self, sequences: Sequence[Any], length: int, last: Sequence[Any] | None = None) -> None:
         """sequences: per output [T, ...], or None where nobody can ask for any step but the last; last: per output
@@ -36,10 +36,36 @@ class Run:
         self._sequences, self.length, self._mode = list(sequences), length, _grad_enabled()
         self._last = list(last) if last is not None else [None] * len(self._sequences)
         self._steps: list[Sequence[Any] | None] = [None] * len(self._sequences)
+        self._handed: dict[int, int] = {}  # outputs the caller has as a whole: at which version
+
+    def hand_out(self, slot: int) -> Any:
+        """All steps of one output as the caller's own tensor."""
+        sequence = self.sequence(slot)
+        if type(sequence) is EventTensor and sequence.is_events:
+            return sequence if torch.is_grad_enabled() or not sequence.learns else sequence.without_handle()
+        sequence = sequence.to_dense() if isinstance(sequence, TensorLike) else sequence
+        if sequence.requires_grad and not torch.is_grad_enabled():
+            return sequence.detach().clone()
+        if slot in self._handed or self._steps[slot] is not None or sequence.is_inference():
+            return sequence.clone()
+        self._handed[slot] = sequence._version
+        return sequence
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all steps have one and the same value."""
+        return False
 
     def sequence(self, slot: int) -> Any:
         """All steps [T, ...] of one output, as events or a tensor, or None if they were not kept."""
-        return self._sequences[slot]
+        sequence = self._sequences[slot]
+        version = self._handed.get(slot)
+        if version is not None and sequence._version != version:
+            raise RuntimeError(
+                "time fusion: torch.stack of all steps was changed in place, and then one of the steps was read. "
+                "Change a clone() of it, or run step by step: sparse_backend.enable(net, fuse_time=False)"
+            )
+        return sequence
 
     def get(self, slot: int, index: int) -> Any:
         """One step of one output. Tensors cut from a sequence share one node in the graph, so that the cost of their
@@ -48,7 +74,7 @@ class Run:
             return self._last[slot]
         steps = self._steps[slot]
         if steps is None:
-            sequence = self._sequences[slot]
+            sequence = self.sequence(slot)
             if type(sequence) is EventTensor and sequence.is_events and len(sequence.shape) > 2:
                 steps = [sequence.step(t) for t in range(self.length)]
             else:
@@ -111,6 +137,8 @@ class Placeholder(TensorLike):
     ref: tuple[Node, int]
     spec: Spec
     _dense: Tensor | None = None
+    _base_of: tuple[Placeholder, Callable[[Tensor], Tensor]] | None = None  # what it is a view of, and how
+    _views: tuple[weakref.ref[Placeholder], ...] = ()
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -139,6 +167,8 @@ class Placeholder(TensorLike):
             return self._dense
         self.run()
         node, slot = self.ref
+        if node.run is None:
+            raise RuntimeError("time fusion: the forward pass that was to compute this value raised an error")
         return node.run.get(slot, node.index)  # type: ignore[union-attr]
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
@@ -152,14 +182,45 @@ class Placeholder(TensorLike):
         """Whether what it stands for has run."""
         return self._dense is not None or self.ref[0].run is not None
 
+    @property
+    def is_view(self) -> bool:
+        return self._base_of is not None
+
+    def views(self, base: Placeholder, again: Callable[[Tensor], Tensor]) -> None:
+        """Say that this may share the memory of `base`: `again` makes it of base's values."""
+        self._base_of = base, again
+        base._views = (*base._views, _weak(self))
+
     def dense_from_now_on(self) -> Tensor:
+        """What is written to it is written to what it is a view of, and to the views of it."""
+        if not self._dense_only:
+            self.run()
+            with torch.set_grad_enabled(self.ref[0].site.mode):
+                if self._base_of is not None:
+                    base, again = self._base_of
+                    if not base._dense_only:
+                        base.dense_from_now_on()
+                    elif self._dense is None:
+                        self._take(again(base.to_dense()))
+                else:
+                    self._take(self._alone())
+        return self.to_dense()
+
+    def _alone(self) -> Tensor:
+        """Its values in memory of its own: a step cut from a sequence may not be written to, nor what all steps are."""
         tensor = self.to_dense()
-        if tensor._base is not None and tensor.requires_grad:
-            self._dense = tensor = tensor.clone()  # a step cut from a sequence may not be written to
-        self._dense_only = True
+        shared = (tensor._base is not None and tensor.requires_grad) or self.ref[0].run.is_constant  # type: ignore[union-attr]
+        return tensor.clone() if shared else tensor
+
+    def _take(self, tensor: Tensor) -> None:
+        """Stand for this tensor alone from now on, and the views of it for its views."""
+        self._dense, self._dense_only = tensor, True
         spec = self.spec  # not that of its site any more: whoever knows it by its spec looks again
         self.spec = Spec(spec.recording, spec.shape, spec.dtype, spec.device, spec.learns)
-        return tensor
+        for weak in self._views:
+            view = weak()
+            if view is not None and view._base_of is not None and not view._dense_only:
+                view._take(view._base_of[1](tensor))
 
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(self.to_dense())
@@ -192,6 +253,7 @@ class Site:
         self.gathering = False  #: calls that run next are being sought
         self.reads = [(tensor, _version(tensor), tensor.requires_grad) for tensor in reads]
         self.specs: tuple[Spec, ...] = ()
+        self.state_slots: tuple[int, ...] = ()  #: which outputs its next call takes as its states, in their order
         self.states_at = 1  #: outputs from here on are states or may be asked for step by step
         self.input_spec: Any = None  #: what the last call was given: the next one that is given the same
         self.state_specs: tuple[Any, ...] = ()  #: needs no other look
@@ -247,6 +309,7 @@ class Recording:
         self.hooks, self.grad_mode = _hooks(True), _grad_enabled()
         self.pending: list[Node] = []
         self.watched: list[tuple[Tensor, int, bool]] = []
+        self.summed: dict[int, Tensor] = {}  #: the caller's tensors that a running sum began with
         self.longest = 0  #: steps of the longest run so far
         self.holders: list[Any] = []  #: states of layers that know their last call's site
         self.put_back: dict[Any, Callable[[], None]] = {}  #: module that holds its own state -> gives it values
@@ -368,6 +431,8 @@ class Recording:
         site.place += len(nodes)
         with torch.set_grad_enabled(site.mode), _requiring_grad(site.reads) as site.switched:
             site.execute(nodes)
+        for node in nodes:
+            node.inputs = node.states = ()  # whoever keeps one output keeps no others
         self.longest = max(self.longest, len(nodes))
 
     def _ready(self, site: Site) -> list[Node]:
@@ -376,8 +441,8 @@ class Recording:
         nodes = [queue[site.place]]
         for later in itertools.islice(queue, site.place + 1, site.place + min(site.most, len(queue))):
             before = nodes[-1]
-            for state in later.states:
-                if type(state) is not tuple or state[0] is not before:
+            for state, slot in zip(later.states, site.state_slots, strict=True):
+                if type(state) is not tuple or state[0] is not before or state[1] != slot:
                     return nodes
             for ref in later.inputs:
                 if type(ref) is tuple and ref[0].run is None and not self._pull(ref[0]):
@@ -409,10 +474,9 @@ class Recording:
 
     def settle(self, module: Any) -> None:
         """A module is about to run now: give it its state as a tensor."""
-        put_back = self.put_back.pop(module, None)
-        if put_back is not None:
+        if module in self.put_back:
             self.flush(forced=True)
-            put_back()
+            self.put_back.pop(module)()
 
     def abandon(self) -> None:
         """The forward raised: drop what was recorded. Modules keep the states of the steps that had run, or start
@@ -424,6 +488,11 @@ class Recording:
         for put_back in self.put_back.values():
             put_back()
         self._let_go()
+
+
+def is_watchable(tensor: Tensor) -> bool:
+    """Whether a write to a tensor of the caller's shows: numpy's memory is written to without a trace."""
+    return not tensor.is_inference() and tensor.untyped_storage().resizable()
 
 
 def _version(tensor: Tensor) -> int:

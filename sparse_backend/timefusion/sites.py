@@ -114,6 +114,10 @@ class Constant(Run):
     def __init__(self, result: Any) -> None:
         super().__init__([None], 1, [result])
 
+    @property
+    def is_constant(self) -> bool:
+        return True
+
     def get(self, slot: int, index: int) -> Any:
         return self._last[slot]
 
@@ -243,7 +247,7 @@ class SumSite(Site):
 
     def __init__(self, recording: Recording) -> None:
         super().__init__(recording)
-        self.states_at = 0
+        self.states_at, self.state_slots = 0, (0,)
 
     def execute(self, nodes: list[Node]) -> None:
         start = value(nodes[0].states[0])
@@ -252,7 +256,9 @@ class SumSite(Site):
             return
         steps = collect([node.inputs[0] for node in nodes])
         if any(node.asked_for(0) for node in nodes[:-1]):
-            totals = dense(start) + dense(steps).cumsum(0)
+            totals = dense(start) + dense(steps).cumsum(0, dtype=self.specs[0].dtype)
             share(nodes, Run([totals], len(nodes)))
         else:
-            share(nodes, Run([None], len(nodes), [dense(start) + steps.sum(0)]))
+            dtype = self.specs[0].dtype
+            total = steps.sum(0) if steps.dtype is dtype else dense(steps).sum(0, dtype=dtype)
+            share(nodes, Run([None], len(nodes), [dense(start) + total]))

@@ -65,6 +65,7 @@ def library() -> ctypes.CDLL:
     controls.schemas = schemas  # they go with their library object
     controls.emulation_launches.restype = ctypes.c_int64
     controls.emulation_synchronisations.restype = ctypes.c_int64
+    controls.emulation_reaches.restype = ctypes.c_bool
     controls.emulation_run_wrong.restype = ctypes.c_char_p
     return controls
 

@@ -59,6 +59,18 @@ EXPORTED int64_t emulation_synchronisations() {
     return emulation::state().synchronisations;
 }
 
+// The error a later call would be blamed for; 0 where there is none.
+EXPORTED int emulation_last_error() {
+    return emulation::state().last_error;
+}
+
+// Whether kernels of the op that ran last may reach this address.
+EXPORTED bool emulation_reaches(const char* data) {
+    const auto& buffers = emulation::state().buffers;
+    const auto after = buffers.upper_bound(data);
+    return after != buffers.begin() && std::prev(after)->second > data;
+}
+
 // Runs a wrong kernel over 32 entries with 32 threads, or 33 of them; what the device says of it, "" where it is
 // content.
 EXPORTED const char* emulation_run_wrong(int which, int threads, int* out) {
@@ -72,7 +84,9 @@ EXPORTED const char* emulation_run_wrong(int which, int threads, int* out) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(1), config.blockDim = dim3(static_cast<unsigned>(threads));
     const int code = cudaLaunchKernelEx(&config, kernels[which], static_cast<const int*>(data), out);
-    return code == cudaSuccess ? "" : cudaGetErrorString(code);
+    if (code == cudaSuccess) return "";
+    cudaGetLastError();
+    return cudaGetErrorString(code);
 }
 
 EXPORTED int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {

@@ -2,9 +2,9 @@
 //
 // Every thread of a block is a fiber with a stack of its own; blocks run one after another. A thread that reaches a
 // barrier or a warp operation waits until all that take part have arrived; where they never do, the launch fails. So
-// does any access outside the buffers the host code has announced: kernels reach global memory through `Global`, a
-// pointer that knows its bounds. Blocks and threads can be run in other orders (`emulation::state().order`), which
-// shows up results that hang on one.
+// does any access outside the buffers the op at hand has announced: kernels reach global memory through `Global`, a
+// pointer that knows its bounds. As on a device, the last failure stays until somebody takes it. Blocks and threads can
+// be run in other orders (`emulation::state().order`), which shows up results that hang on one.
 #pragma once
 
 #include <setjmp.h>
@@ -21,6 +21,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define SPARSE_BACKEND_EMULATION 1
@@ -81,7 +82,8 @@ struct State {
     Thread* current = nullptr;
     jmp_buf scheduler;
     const std::function<void()>* body = nullptr;
-    std::string fault;
+    std::string fault;   // that of the launch or copy at hand
+    int last_error = 0;  // a cudaError_t
 };
 
 inline State& state() {
@@ -100,7 +102,7 @@ inline void announce(const void* data, size_t bytes) {
     buffers[begin] = end;
 }
 
-inline void forget_buffers() {
+inline void forget_buffers() {  // an op begins: what earlier ones could reach may be gone
     state().buffers.clear();
 }
 
@@ -291,6 +293,9 @@ T* span(Global<T> from, int64_t at, int n) {
 
 // ---- what kernels call ----
 
+[[noreturn]] inline void __trap() {
+    emulation::fail("trap");
+}
 inline void __syncthreads() {
     emulation::state().current->state = emulation::Thread::kAtBarrier;
     emulation::leave();
@@ -346,8 +351,14 @@ inline unsigned atomicOr(unsigned* to, unsigned bits) {
 // ---- what host code calls ----
 
 inline cudaError_t cudaGetLastError() {
-    return emulation::state().fault.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+    return std::exchange(emulation::state().last_error, cudaSuccess);
 }
+namespace emulation {
+inline cudaError_t outcome() {  // of a call: fails where there is a fault
+    if (state().fault.empty()) return cudaSuccess;
+    return state().last_error = cudaErrorLaunchFailure;
+}
+}  // namespace emulation
 inline const char* cudaGetErrorString(cudaError_t) {
     static std::string said;
     said = "emulated device: " + emulation::state().fault;
@@ -358,17 +369,17 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
     if (kind != cudaMemcpyHostToDevice) emulation::check_copy(from, bytes, "copy from the device");
     if (kind != cudaMemcpyDeviceToHost) emulation::check_copy(to, bytes, "copy to the device");
     if (emulation::state().fault.empty()) std::memcpy(to, from, bytes);
-    return cudaGetLastError();
+    return emulation::outcome();
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
     emulation::check_copy(to, bytes, "memset");
     if (emulation::state().fault.empty()) std::memset(to, value, bytes);
-    return cudaGetLastError();
+    return emulation::outcome();
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
     ++emulation::state().synchronisations;
     if (emulation::state().capturing) emulation::state().fault = "a wait for the device while a graph is captured";
-    return cudaGetLastError();
+    return emulation::outcome();
 }
 inline cudaError_t cudaGetDevice(int* device) {
     *device = 0;
@@ -394,12 +405,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
     if (count == 0 || count > 1024 || blocks == 0 || blocks > 0x7fffffff || gridDim.y > 65535 || gridDim.z > 65535) {
         s.fault = "launch: sizes out of range";
-        return cudaErrorLaunchFailure;
+        return emulation::outcome();
     }
     for (unsigned k = 0; k < blocks; ++k) {
         const unsigned i = emulation::place(k, static_cast<unsigned>(blocks));
         blockIdx = dim3(i % gridDim.x, i / gridDim.x % gridDim.y, i / gridDim.x / gridDim.y);
-        if (!emulation::run_block(body, count)) return cudaErrorLaunchFailure;
+        if (!emulation::run_block(body, count)) return emulation::outcome();
     }
     s.current = nullptr;
     return cudaSuccess;

@@ -1,0 +1,257 @@
+"""Who shares memory with whom under time fusion: writes through views, containers, tensors handed out twice."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fusion_loops import BATCH, HIDDEN, INPUTS, STEPS, Net, check, frames, net_of, recorded, wake
+from helpers import assert_close
+from pairs import WAYS, Way, enabled
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sparse_backend
+from sparse_backend.tensorlike import TensorLike
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> Way:
+    return WAYS[request.param]
+
+
+#: writes to a membrane through something that shares its memory
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "view": lambda mem: mem.view(-1).mul_(0.5),
+    "view of a view": lambda mem: mem.view(-1).view(BATCH, -1).mul_(0.5),
+    "slice": lambda mem: mem[:, :2].mul_(0.5),
+    "column": lambda mem: mem[:, 0].fill_(0.25),
+    "flat entries": lambda mem: mem.view(-1).__setitem__(slice(0, 3), 0.25),
+    "zeros": lambda mem: mem.view(-1).zero_(),
+    "transpose": lambda mem: mem.t().mul_(0.5),
+    "float of a double": lambda mem: mem.double().mul_(0.5),
+    "contiguous": lambda mem: mem.contiguous().mul_(0.5),
+    "base itself": lambda mem: mem.mul_(0.5),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_writes_through_what_shares_memory(way: Way, write: str) -> None:
+    def loop(net: Net, x: Any) -> Any:
+        mem, out = net.lif1.reset_mem(), []
+        for t in range(len(x)):
+            spk, mem = net.lif1(net.fc1(x[t]), mem)
+            mem = mem * 1.0
+            WRITES[write](mem)
+            out.append(spk)
+        return torch.stack(out), mem
+
+    check(way, loop)
+
+
+def test_a_view_sees_a_write_to_its_base(way: Way) -> None:
+    def loop(net: Net, x: Any) -> Any:
+        mem, out = net.lif1.reset_mem(), []
+        for t in range(len(x)):
+            _spk, mem = net.lif1(net.fc1(x[t]), mem)
+            scaled = mem * 1.0
+            flat = scaled.view(-1)
+            scaled.mul_(0.5)
+            out.append(flat)
+        return torch.stack(out), mem
+
+    check(way, loop)
+
+
+def test_two_stacks_of_the_same_steps(way: Way) -> None:
+    def loop(net: Net, x: Any) -> Any:
+        _, mems, _ = recorded(net, x)
+        a, b = torch.stack(mems), torch.stack(mems)
+        a = a * 1.0
+        a.mul_(0.5)
+        return a, b
+
+    check(way, loop)
+
+
+def test_a_stack_written_to_before_its_steps_are_read() -> None:
+    def loop(net: Net, x: Any) -> Any:
+        _, mems, _ = recorded(net, x)
+        whole = torch.stack(mems)
+        with torch.no_grad():
+            whole.mul_(0.5)
+        return (mems[2] + 0,)
+
+    net = enabled(net_of(loop), WAYS["inf"])
+    with pytest.raises(RuntimeError, match="was changed in place, and then one of the steps was read"):
+        net(frames())
+
+
+def test_a_stack_made_without_gradient_holds_no_graph(way: Way) -> None:
+    def loop(net: Net, x: Any) -> Any:
+        spikes, mems, _ = recorded(net, x)
+        with torch.no_grad():
+            net.log = torch.stack(mems), torch.stack(spikes)
+        return torch.stack(spikes), mems[-1]
+
+    net = check(way, loop)
+    assert not any(part.requires_grad for part in net.log)
+
+
+def test_lists_of_steps_that_leave_the_forward_can_be_written_to(way: Way) -> None:
+    net = enabled(net_of(lambda net, x: recorded(net, x)[1]), way)
+    with way.policy():
+        mems = net(frames())
+        kept = mems[2].detach().clone()
+        mems[1].mul_(2)
+        mems[3].detach_()
+    assert_close(mems[2], kept)
+
+
+def test_containers_in_attributes_stay_the_objects_they_are() -> None:
+    def loop(net: Net, x: Any) -> Any:
+        spikes, mems, _ = recorded(net, x)
+        net.found.extend(spikes)
+        net.queue.append(mems[0])
+        net.by_name["last"].append(mems[-1])
+        return torch.stack(spikes)
+
+    net = wake(enabled(net_of(loop), WAYS["inf"]))
+    net.config = config = {"inner": {"a": 1}, "list": [1, 2]}
+    net.found, net.queue, net.by_name = [], deque(), defaultdict(list)
+    inner, found = config["inner"], net.found
+    net(frames())
+    assert net.config is config
+    assert config["inner"] is inner
+    assert net.found is found
+    kept = [*net.found, *net.queue, *net.by_name["last"]]
+    assert len(kept) == STEPS + 2
+    assert not any(type(part).__name__ == "Placeholder" for part in kept)
+
+
+def test_states_taken_in_another_order(way: Way) -> None:
+    """A spike tensor as the next membrane is no continuation of the layer's run."""
+
+    def loop(net: Net, x: Any) -> Any:
+        mem, out = net.lif1.reset_mem(), []
+        for t in range(len(x)):
+            spk, after = net.lif1(net.fc1(x[t]), mem)
+            mem = spk if t % 2 else after
+            out.append(after)
+        return torch.stack(out)
+
+    check(way, loop)
+
+
+def test_sums_of_whole_numbers_and_of_wider_floats(way: Way) -> None:
+    def loop(net: Net, x: Any) -> Any:
+        mem = net.lif1.reset_mem()
+        fired = torch.zeros(BATCH, HIDDEN, dtype=torch.bool)
+        total = 0
+        for t in range(len(x)):
+            spk, mem = net.lif1(net.fc1(x[t]), mem)
+            fired = fired + (mem > 0.1)
+            total = total + spk
+        return fired, total, mem
+
+    net = check(way, loop, fuses=STEPS)
+    assert net(frames())[0].dtype is torch.bool
+
+
+def test_a_float64_total_of_float32_steps() -> None:
+    def loop(net: Net, x: Any) -> Any:
+        mem, total = net.lif1.reset_mem(), torch.zeros(BATCH, HIDDEN, dtype=torch.float64)
+        steps = []
+        for t in range(len(x)):
+            _spk, mem = net.lif1(net.fc1(x[t]), mem)
+            total = total + mem
+            steps.append(mem)
+        return total, torch.stack(steps)
+
+    net = enabled(net_of(loop), WAYS["inf"]).float()
+    total, steps = net(torch.rand(200, BATCH, INPUTS))
+    assert torch.equal(total, steps.double().cumsum(0)[-1])
+
+
+def test_noise_added_to_the_current_of_a_static_input(way: Way) -> None:
+    """Every step's current is a tensor of its own, though all have the same values."""
+
+    def loop(net: Net, x: Any) -> Any:
+        mem, out = net.lif1.reset_mem(), []
+        currents = [net.fc1(x[0]) for _ in range(STEPS)]
+        for current in currents:
+            current.add_(torch.rand_like(current) * 0.1)
+        for current in currents:
+            spk, mem = net.lif1(current, mem)
+            out.append(spk)
+        return torch.stack(out), mem
+
+    check(way, loop)
+
+
+def test_numpy_memory_refilled_at_every_step(way: Way) -> None:
+    def loop(net: Net, x: Any) -> Any:
+        mem, out = net.lif1.reset_mem(), []
+        buffer = np.zeros((BATCH, HIDDEN))
+        current = torch.from_numpy(buffer)
+        for t in range(STEPS):
+            buffer[:] = 0.3 * (t % 3) + 0.1
+            spk, mem = net.lif1(current, mem)
+            out.append(spk * net.fc1.weight.sum())
+        return torch.stack(out), mem
+
+    check(way, loop)
+
+
+def test_shapes_that_do_not_fold(way: Way) -> None:
+    def loop(net: Net, x: Any) -> Any:
+        mem, out = net.lif1.reset_mem(), []
+        still = torch.rand(HIDDEN, BATCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        for t in range(len(x)):
+            spk, mem = net.lif1(net.fc1(x[t]), mem)
+            out.append(still.view_as(mem) * spk + F.layer_norm(mem, mem.shape) + F.layer_norm(mem, mem.shape[1:]))
+        return torch.stack(out), mem
+
+    check(way, loop)
+
+
+@pytest.mark.parametrize("fuse_time", [True, False])
+def test_a_current_looked_at_after_its_weight_has_changed(fuse_time: bool) -> None:
+    """It is that of the weight it was computed with, or an error."""
+    seen: list[Any] = []
+
+    def loop(net: Net, x: Any) -> Any:
+        spk, mem = net.lif1(net.fc1(x[0]), net.lif1.reset_mem())
+        return spk, mem
+
+    net = enabled(net_of(loop), WAYS["band as events"])
+    sparse_backend.disable(net)
+    sparse_backend.enable(net, b_th=1.0, fuse_time=fuse_time)
+    net.fc1.register_forward_hook(lambda module, args, out: seen.append(out))
+    x = frames(density=0.1)
+    expected = F.linear(x[0], net.fc1.weight, net.fc1.bias).detach()
+    net(x)[1].sum().backward()
+    with torch.no_grad():
+        net.fc1.weight.mul_(2)
+    try:
+        got = seen[0] + 0
+    except RuntimeError as error:
+        assert "was changed in place" in str(error)
+    else:
+        assert_close(got, expected)
+
+
+def test_evaluated_in_inference_mode_and_trained_on_the_same_input(way: Way) -> None:
+    net = enabled(net_of(lambda net, x: torch.stack(recorded(net, x)[1])), way)
+    x, events = frames(), sparse_backend.EventTensor.from_dense(frames())
+    with way.policy():
+        for data in (x, events):
+            with torch.inference_mode():
+                net(data)
+            net(data).sum().backward()
+            assert isinstance(data, (Tensor, TensorLike))
+    assert all(isinstance(p, nn.Parameter) and p.grad is not None for p in net.fc1.parameters())
