@@ -23,7 +23,7 @@ from sparse_backend.execute import can_trace, run_leaky, run_leaky_traced
 from sparse_backend.tensorlike import TensorLike
 from sparse_backend.timefusion import recorder
 
-from .shared import count, goes_dense, own_forward
+from .shared import count, goes_dense, own_forward, under_saved_tensor_hooks
 
 _FLOATS = (torch.float32, torch.float64)
 _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}  # Leaky's state functions
@@ -284,6 +284,8 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
         plan = state.plan = _make_plan(module, state, parts, shape, dtype)
     reason = plan.why_framework
     start = before if before.shape == shape else None
+    if start is None and under_saved_tensor_hooks():  # a checkpoint's second run is given zeros, and must save as much
+        start = torch.zeros(shape, dtype=dtype, device=input_.device)
     if reason is None:
         if before.device != input_.device or parts.beta.device != input_.device:
             reason = "its membrane or beta is on another device than its current"

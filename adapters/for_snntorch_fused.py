@@ -18,7 +18,7 @@ from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watcha
 from sparse_backend.timefusion.sites import NeuronSite
 
 from . import for_snntorch as step_form
-from .shared import count, goes_dense
+from .shared import count, goes_dense, under_saved_tensor_hooks
 
 _ZEROS = object()  #: the state of a layer that begins
 
@@ -183,12 +183,14 @@ def _sequence(
 
 
 def _run(state: LayerState, plan: Any, current: Any, steps: int, start: Any, keep_mem: bool) -> tuple[Any, Tensor, Any]:
+    if start is _ZEROS:
+        start = torch.zeros(plan.flat, dtype=plan.dtype, device=current.device) if under_saved_tensor_hooks() else None
     asked_dense = plan.why_dense is not None or goes_dense(state)
     result = run_leaky(
         current,
         (steps, *plan.flat),
         step_form._neuron(plan),
-        None if start is _ZEROS else start.reshape(plan.flat),
+        None if start is None else start.reshape(plan.flat),
         plan.parts.spike_grad,
         plan.b_th,
         keep_mem=keep_mem,

@@ -120,14 +120,16 @@ def test_vmap_and_grad_around(way: Way) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_around(way: Way, reentrant: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"reset_delay": False}, {"reset_mechanism": "zero", "learn_beta": True}])
+def test_checkpoint_around(way: Way, reentrant: bool, options: dict[str, Any]) -> None:
     x = frames().requires_grad_()
 
     def go(net: Any) -> Any:
         return checkpoint(net, x, use_reentrant=reentrant)
 
     names = tuple(name for name, _ in net_of(lambda net, x: None)(None).named_buffers() if name.endswith("mem"))
-    assert_equal_runs(net_of(lambda net, x: tuple(map(torch.stack, recorded(net, x)[:2]))), go, way, [x], 2, names)
+    recipe = net_of(lambda net, x: tuple(map(torch.stack, recorded(net, x)[:2])), **options)
+    assert_equal_runs(recipe, go, way, [x], 2, names)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
