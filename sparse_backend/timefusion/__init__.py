@@ -6,6 +6,7 @@ the earliest node left, and with it as many later calls of the same layer as hav
 Where a later layer feeds back into an earlier one, that is one step at a time, in step order: no pattern of user code
 is recognised, only what depends on what.
 
+- `forward.py`   an enabled module's forward, recorded; `fuse_time` for a loop outside it
 - `recorder.py`  placeholders, nodes, the recording of one forward, the scheduler
 - `sites.py`     what a run of calls of one layer does: linear, neuron, running sum, any other function
 - `functions.py` torch functions on placeholders: recorded, or computed on values
