@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from sparse_backend import EventTensor
 from sparse_backend.bench.cases import (
@@ -144,6 +145,7 @@ class Run:
 
     def step(self) -> Times:
         """One training step."""
+        self._renew_input()
         if not self.path.learns:
             begin = time.perf_counter()
             with torch.no_grad():
@@ -159,6 +161,13 @@ class Run:
         self.optimizer.step()
         del loss
         return Times(middle - begin, end - middle, time.perf_counter() - start)
+
+    def _renew_input(self) -> None:
+        """Make the input as new as the next batch would be: what was read of it before may not be used again."""
+        if type(self.input) is EventTensor:
+            self.input = self.input.without_handle()
+        else:
+            increment_version(self.input)  # type: ignore[arg-type]
 
     def hidden(self) -> list[Tensor]:
         """Where the hidden layers spike, [T, B, ...] each, in the pass that is timed but for what it gives back."""
