@@ -40,7 +40,7 @@ class BuildNative(build_ext):
         try:
             for isa in build.machine_isas():
                 self._compile(build.describe(ROOT / "csrc", isa))
-            if archs := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            if (archs := os.environ.get("TORCH_CUDA_ARCH_LIST")) and build.mode() != "cpu":
                 build.checked_nvcc()
                 self._compile(build.describe_cuda(build.listed_archs(archs), ROOT / "csrc"))
         except build.BuildError as error:

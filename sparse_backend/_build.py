@@ -483,18 +483,26 @@ def archs_for(capabilities: Sequence[tuple[int, int]], known: Sequence[int]) -> 
 
 
 def listed_archs(text: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", as targets of nvcc."""
-    archs = []
-    for word in re.split(r"[;\s]+", text.strip()):
-        found = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", word)
-        if found is None or (int(found[1]), int(found[2])) < CUDA_OLDEST:
-            raise ValueError(
-                f"TORCH_CUDA_ARCH_LIST: expected numbers of at least {_dotted(CUDA_OLDEST)}, such as "
-                f"'8.0;9.0+PTX', got {word!r}"
+    """TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", as targets of nvcc. Older GPUs than CUDA_OLDEST are left out, and no
+    kernel needs what "9.0a" or "10.0f" add. BuildError where nothing is left, or for what is no number."""
+    archs: list[str] = []
+    for word in re.split(r"[;\s]+", text.strip("; \t\n")):
+        found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word)
+        if found is None:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: expected compute capabilities, such as '8.0;9.0+PTX', got {word!r}",
+                cure="name numbers, or unset it: the CUDA kernels are then compiled at first use",
             )
+        if (int(found[1]), int(found[2])) < CUDA_OLDEST:
+            continue
         number = found[1] + found[2]
         archs += [f"sm_{number}"] + ([f"compute_{number}"] if found[3] else [])
-    return archs
+    if not archs:
+        raise BuildError(
+            f"TORCH_CUDA_ARCH_LIST: expected one of at least {_dotted(CUDA_OLDEST)}, got {text!r}",
+            cure="add one, or unset it: older GPUs run the plain-PyTorch reference",
+        )
+    return list(dict.fromkeys(archs))
 
 
 def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:

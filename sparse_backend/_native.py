@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def _load_once() -> bool:
         try:
             if mode == "cuda":
                 _cuda_details.update(state="loaded", mode=mode, **_acquire_cuda())
-            _details.update(state="loaded", mode=mode, **_acquire(_build.describe(), _build.find_prebuilt))
+            _details.update(state="loaded", mode=mode, **_acquire())
             _outcome = True
         except Exception as error:
             _details.update(state="failed", mode=mode, origin="reference", reason=str(error))
@@ -105,11 +104,12 @@ def _load_cuda_if_used() -> None:
     with _lock:
         if not _cuda_waits:
             return
-        _cuda_waits = False
         try:
             _cuda_details.update(state="loaded", **_acquire_cuda())
+            _cuda_waits = False
             return
-        except Exception as error:
+        except Exception as error:  # an interrupted build is tried again
+            _cuda_waits = False
             _cuda_details.update(state="failed", origin="reference", reason=str(error))
             warning = (
                 "sparse_backend runs its plain-PyTorch reference for CUDA tensors, which is right but slow, because "
@@ -119,28 +119,41 @@ def _load_cuda_if_used() -> None:
     warnings.warn(warning, RuntimeWarning, stacklevel=3)
 
 
+def _acquire() -> dict[str, Any]:
+    """Load the CPU kernels: a prebuilt, cached or freshly built library; say which."""
+    description = _build.describe()
+    loaded, reason = _prebuilt(description.isa, *_build.find_prebuilt(description, _build.torch_version()))
+    return loaded or _built(description, reason)
+
+
 def _acquire_cuda() -> dict[str, Any]:
+    """The same of the CUDA kernels; targets are chosen where a library is to be built."""
     capabilities = [capability for _, capability in _build.gpus()]
-    prebuilt, reason = _build.find_prebuilt_cuda(capabilities, _build.torch_version())
-    archs: list[str] = []
-    if prebuilt is None:
-        archs = _build.archs_for(capabilities, _build.nvcc_archs(_build.checked_nvcc()))
-    return {"archs": archs, **_acquire(_build.describe_cuda(archs), lambda *_: (prebuilt, reason))}
+    loaded, reason = _prebuilt("cuda", *_build.find_prebuilt_cuda(capabilities, _build.torch_version()))
+    if loaded:
+        return {"archs": [], **loaded}
+    archs = _build.archs_for(capabilities, _build.nvcc_archs(_build.checked_nvcc()))
+    return {"archs": archs, **_built(_build.describe_cuda(archs), reason)}
 
 
-def _acquire(description: _build.Description, find_prebuilt: Callable[..., tuple[Path | None, str]]) -> dict[str, Any]:
-    """Load a prebuilt, cached or freshly built library; say which."""
+def _prebuilt(isa: str, library: Path | None, reason: str) -> tuple[dict[str, Any] | None, str]:
+    """How a library that came with the package was loaded, or None with the reason."""
+    import torch
+
+    if library is None:
+        return None, reason
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return None, f"ignored: it does not load ({error})"
+    return {"origin": "prebuilt", "isa": isa, "path": str(library), "reason": "installed with the package"}, ""
+
+
+def _built(description: _build.Description, prebuilt_reason: str) -> dict[str, Any]:
+    """Load a library from the cache, or build it."""
     torch_version = _build.torch_version()
     import torch
 
-    prebuilt, prebuilt_reason = find_prebuilt(description, torch_version)
-    if prebuilt is not None:
-        try:
-            torch.ops.load_library(str(prebuilt))
-            reason = "installed with the package"
-            return {"origin": "prebuilt", "isa": description.isa, "path": str(prebuilt), "reason": reason}
-        except OSError as error:
-            prebuilt_reason = f"ignored: it does not load ({error})"
     built = _build.build(description, torch=torch_version)
     if not built.loaded:
         try:

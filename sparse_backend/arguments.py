@@ -94,11 +94,15 @@ def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None)
     if type(x) is not EventTensor and x.is_floating_point() and x.dtype != weight.dtype:
         raise TypeError(f"x: expected {weight.dtype} as weight, got {x.dtype}")
     events = EventTensor.from_dense(x).to(weight.dtype)
-    finite = math.isfinite(float(weight.detach().sum()))  # else zeros of the input count too: 0 * inf
-    if events.density > policy.MAX_INPUT or not finite:
+    if events.density > policy.MAX_INPUT or not is_finite(weight):
         dense = events.to_dense() if type(x) is EventTensor else x.to(weight.dtype)
         return torch.nn.functional.linear(dense, weight, bias)
     return DeferredCurrent(events, WeightHub(weight, None if bias is None else bias.contiguous(), None, 0))
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Where it is not, zeros of the input count too: 0 * inf. On another device nobody looks: it would wait for it."""
+    return weight.device.type != "cpu" or math.isfinite(float(weight.detach().sum()))
 
 
 def given_current(current: Any) -> Tensor:

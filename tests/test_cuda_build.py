@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import stat
 import warnings
 from pathlib import Path
@@ -85,6 +86,41 @@ def test_the_environments_list_of_targets():
 def test_what_a_library_runs_on():
     assert _build.runs_on(["sm_80", "sm_90"], (8, 9)) and not _build.runs_on(["sm_90"], (8, 9))
     assert not _build.runs_on(["sm_90"], (10, 0)) and _build.runs_on(["compute_90"], (10, 0))
+
+
+@pytest.fixture
+def install(a_gpu):
+    """What `pip install` compiles, as (isa, archs)."""
+    setuptools = pytest.importorskip("setuptools")
+    script = Path(__file__).resolve().parent.parent / "setup.py"
+    if not script.is_file():
+        pytest.skip("needs the source tree")
+    a_gpu.setattr(setuptools, "setup", lambda **options: None)
+    made = runpy.run_path(str(script))
+    compiled = []
+    a_gpu.setattr(made["BuildNative"], "_compile", lambda self, made_of: compiled.append((made_of.isa, made_of.archs)))
+    a_gpu.setattr(made["build"], "checked_nvcc", lambda: "nvcc")
+    a_gpu.setattr(made["build"], "machine_isas", lambda: ["scalar"])
+    command = made["BuildNative"](setuptools.Distribution())
+    command.inplace = command.editable_mode = False
+
+    def run(mode: str, archs: str) -> list[tuple[str, tuple[str, ...]]]:
+        a_gpu.setenv("SPARSE_BACKEND_BUILD", mode)
+        a_gpu.setenv("TORCH_CUDA_ARCH_LIST", archs)
+        compiled.clear()
+        command.run()
+        return list(compiled)
+
+    return run
+
+
+def test_installing_for_the_environments_list_of_targets(install, capsys):
+    scalar = ("scalar", ())
+    assert install("", "7.5 9.0+PTX") == [scalar, ("cuda", ("sm_90", "compute_90"))]
+    assert install("cpu", "9.0") == [scalar], "no CUDA kernels were asked for"
+    assert install("", "Hopper") == [scalar] and "got 'Hopper'" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="got 'Hopper'"):
+        install("cuda", "Hopper")
 
 
 # What is missing is named, with its cure.

@@ -202,7 +202,7 @@ def test_room_fades_when_the_busiest_layer_is_gone():
     shape = (4, 1, 1505)  # one no other test has
     neuron = (torch.tensor(0.0), torch.tensor(1.0), None, None)
     rooms = []
-    for current in (1.0, *[-9.0] * 25):
+    for current in (1.0, *[-9.0] * 60):
         leaky_ops.leaky(torch.full(shape, current), *neuron, *cases.options("none"))
         with emulation.capture():
             out = LeakyOutput(*leaky_ops.leaky(torch.full(shape, -9.0), *neuron, *cases.options("none")))

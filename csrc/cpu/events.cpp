@@ -98,7 +98,9 @@ Tensor events_to_dense(const Tensor& handle, const Tensor& row_ptr, const Tensor
 
 Tensor events_sum(const Tensor& handle, const Tensor& row_ptr, const Tensor& indices, MaybeTensor values, MaybeTensor,
                   MaybeTensor, int64_t columns, int64_t steps) {
-    const int64_t n_rows = row_ptr.numel() - 1, rows_per_step = n_rows / steps;
+    const int64_t n_rows = row_ptr.numel() - 1;
+    check_steps(n_rows, steps);
+    const int64_t rows_per_step = n_rows / steps;
     check_events(row_ptr, indices, n_rows, columns, "events");
     Tensor sum = empty(handle, {rows_per_step, columns});
     SPARSE_BACKEND_DISPATCH(handle, "events_sum", [&] {

@@ -25,11 +25,8 @@ LeakyResult forward(LeakyForward<T>& a, const Tensor& like, const Tensor& beta, 
         per_neuron<T>(threshold, neurons, std::numeric_limits<T>::infinity(), "threshold");
     a.beta = beta_padded.data();
     a.threshold = threshold_padded.data();
-    if (mem.has_value()) {
-        STD_TORCH_CHECK(mem->dim() == 2 && mem->size(0) == batch && mem->size(1) == neurons, "mem: expected [", batch,
-                        ", ", neurons, "]");
-        a.mem = pointer<T>(*mem, "mem");
-    }
+    check_state(mem, batch, neurons, "mem");
+    a.mem = pointer<T>(mem, "mem");
     Tensor mem_last = empty(like, {batch, neurons});
     Tensor mem_seq = keep_mem ? empty(like, {steps, batch, neurons}) : empty(like, {0});
     Tensor p_last = a.keep_p ? empty(like, {batch, neurons}) : empty(like, {0});
@@ -141,8 +138,8 @@ struct Saved {
 
     template <typename T>
     LeakyBackward<T> view(int64_t steps, int64_t batch, int64_t neurons, int64_t reset, bool reset_delay) {
-        for (MaybeTensor* tensor : {&grad_x, &grad_mem_last, &grad_mem_seq, &mem})
-            if (tensor->has_value()) *tensor = torch::stable::contiguous(**tensor);
+        for (MaybeTensor* tensor : {&grad_x, &grad_mem_last, &grad_mem_seq, &x, &g, &p, &p_last, &mem_seq, &mem})
+            *tensor = contiguous(*tensor);
         LeakyBackward<T> a{};
         a.steps = steps, a.batch = batch, a.neurons = neurons;
         a.grad_x = pointer<T>(grad_x, "grad_x");
@@ -150,6 +147,7 @@ struct Saved {
         a.grad_mem_seq = pointer<T>(grad_mem_seq, "grad_mem_seq");
         a.x = pointer<T>(x, "x");
         a.g = pointer<T>(g, "g");
+        a.has_g = g.has_value();
         a.active = rows(active_ptr, active_indices);
         a.spikes = rows(spike_ptr, spike_indices);
         a.resets = rows(reset_ptr, reset_indices);
@@ -384,6 +382,7 @@ std::tuple<Tensor, Tensor, Tensor> leaky_dense(const Tensor& given, const Tensor
     const Tensor& current = of.tensor;
     if (mem.has_value()) mem = torch::stable::contiguous(*mem);
     const int64_t steps = given.size(0), batch = given.size(1), neurons = given.size(2);
+    check_state(mem, batch, neurons, "mem");
     Tensor x = empty(current, {steps, batch, neurons}), mem_last = empty(current, {batch, neurons});
     Tensor mem_seq = empty(current, keep_mem ? std::vector<int64_t>{steps, batch, neurons} : std::vector<int64_t>{0});
     SPARSE_BACKEND_DISPATCH(current, "leaky_dense", [&] {
@@ -410,8 +409,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> leaky_dense_backward(
     MaybeTensor grad_x, MaybeTensor grad_mem_last, MaybeTensor grad_mem_seq, MaybeTensor x, MaybeTensor g,
     MaybeTensor mem_seq, MaybeTensor mem, const Tensor& beta, const Tensor& threshold, int64_t steps, int64_t batch,
     int64_t neurons, int64_t reset, bool reset_delay, double b_th, bool need_mem, bool need_beta, bool need_threshold) {
-    for (MaybeTensor* tensor : {&grad_x, &grad_mem_last, &grad_mem_seq, &g, &mem})
-        if (tensor->has_value()) *tensor = torch::stable::contiguous(**tensor);
+    for (MaybeTensor* tensor : {&grad_x, &grad_mem_last, &grad_mem_seq, &x, &g, &mem_seq, &mem})
+        *tensor = contiguous(*tensor);
     Tensor delta = empty(beta, {steps, batch, neurons});
     Tensor grad_mem = empty(beta, need_mem ? std::vector<int64_t>{batch, neurons} : std::vector<int64_t>{0});
     return SPARSE_BACKEND_DISPATCH(beta, "leaky_dense_backward", [&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {

@@ -27,11 +27,6 @@ struct LifNeuron {
     double max_active;
 };
 
-void check_states(const MaybeTensor& state, int64_t batch, int64_t neurons, const char* name) {
-    STD_TORCH_CHECK(!state.has_value() || (state->dim() == 2 && state->size(0) == batch && state->size(1) == neurons),
-                    name, ": expected [", batch, ", ", neurons, "]");
-}
-
 template <typename T>
 LifResult forward(LifForward<T>& a, const Tensor& like, const LifNeuron& neuron) {
     const int64_t steps = a.steps, batch = a.batch, neurons = a.neurons, n_rows = steps * batch;
@@ -47,7 +42,7 @@ LifResult forward(LifForward<T>& a, const Tensor& like, const LifNeuron& neuron)
     const auto syn_decay = synaptic ? coefficient(*neuron.syn_decay, "syn_decay") : std::vector<T>(1);
     a.mem_gain = mem_gain.data(), a.leak = leak.data(), a.threshold = threshold.data(), a.reset_to = reset_to.data();
     a.syn_decay = synaptic ? syn_decay.data() : nullptr;
-    check_states(neuron.v, batch, neurons, "v"), check_states(neuron.i, batch, neurons, "i");
+    check_state(neuron.v, batch, neurons, "v"), check_state(neuron.i, batch, neurons, "i");
     const MaybeTensor v = contiguous(neuron.v), i = contiguous(neuron.i);
     a.v = pointer<T>(v, "v"), a.i = pointer<T>(i, "i");
     std::optional<PaddedWeight<T>> recurrent;
@@ -174,7 +169,7 @@ class LifWalk {
 
     explicit LifWalk(const LifSaved& saved) : saved_(saved) {
         for (MaybeTensor* tensor : {&saved_.grad_x, &saved_.grad_v_last, &saved_.grad_i_last, &saved_.grad_v_seq,
-                                    &saved_.grad_i_seq, &saved_.g})
+                                    &saved_.grad_i_seq, &saved_.x, &saved_.g, &saved_.drive, &saved_.inflow})
             *tensor = contiguous(*tensor);
         const int64_t neurons = saved_.neurons;
         mem_gain_ = per_neuron<T>(saved_.mem_gain, neurons, T(0), "mem_gain");

@@ -1,6 +1,7 @@
 // What the CPU ops share between torch's stable ABI and the kernels: checked pointers, padded copies, tasks.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -87,6 +88,16 @@ inline void check_events(const Tensor& row_ptr, const Tensor& indices, int64_t n
 #endif
 }
 
+inline void check_steps(int64_t n_rows, int64_t steps) {
+    STD_TORCH_CHECK(steps > 0 && n_rows % steps == 0, "steps: expected a number that divides the ", n_rows,
+                    " rows, got ", steps);
+}
+
+inline void check_state(const MaybeTensor& state, int64_t batch, int64_t neurons, const char* name) {
+    STD_TORCH_CHECK(!state.has_value() || (state->dim() == 2 && state->size(0) == batch && state->size(1) == neurons),
+                    name, ": expected [", batch, ", ", neurons, "]");
+}
+
 // A parameter of one or N entries as padded(N) entries.
 template <typename T>
 std::vector<T> per_neuron(const Tensor& tensor, int64_t neurons, T padding, const char* name) {
@@ -112,6 +123,13 @@ void transpose(const T* from, int64_t n_rows, int64_t columns, int64_t row_strid
     });
 }
 
+// Whether `bytes` from a tensor's first entry on lie in its storage.
+inline bool reaches(const Tensor& tensor, int64_t bytes) {
+    int64_t in_storage = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &in_storage));
+    return tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) + bytes <= in_storage;
+}
+
 // A weight [N, M] as kernels want it: a row per input, padded(N) apart. Taken as it is where it already lies so, which
 // is how step form keeps one transpose per weight version. What stands in the padding is never used.
 template <typename T>
@@ -122,7 +140,8 @@ class PaddedWeight {
                         "weight: expected [N, M] of the other tensors' dtype");
         const int64_t neurons = weight.size(0), inputs = weight.size(1), width = padded(neurons);
         const T* data = static_cast<const T*>(weight.data_ptr());
-        if (weight.stride(0) == 1 && weight.stride(1) == width) {
+        if (weight.stride(0) == 1 && weight.stride(1) == width &&
+            reaches(weight, inputs * width * static_cast<int64_t>(sizeof(T)))) {
             view_ = {data, width};
             return;
         }

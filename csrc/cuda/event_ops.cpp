@@ -85,7 +85,9 @@ Tensor events_to_dense(const Tensor& handle, const Tensor& row_ptr, const Tensor
 
 Tensor events_sum(const Tensor& handle, const Tensor& row_ptr, const Tensor& indices, MaybeTensor values, MaybeTensor,
                   MaybeTensor, int64_t columns, int64_t steps) {
-    const int64_t rows_per_step = (row_ptr.numel() - 1) / steps;
+    const int64_t n_rows = row_ptr.numel() - 1;
+    check_steps(n_rows, steps);
+    const int64_t rows_per_step = n_rows / steps;
     return SPARSE_BACKEND_DISPATCH(handle, "events_sum", [&] {
         const Device on(handle, "handle");
         Tensor sum = on.make<scalar_t>({rows_per_step, columns});

@@ -1,7 +1,5 @@
 // Between dense tensors, bits and lists of events. Stream compaction without atomics on lists: bits, their counts, and
 // sums of counts give every event its place, whatever the order in which blocks run.
-#include <cmath>
-
 #include "device.cuh"
 #include "launch.h"
 
@@ -153,21 +151,17 @@ __global__ void __launch_bounds__(kThreads, 3) emit_kernel(const __grid_constant
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    seal_kernel(const __grid_constant__ Emissions<T> lists, int n_lists, T* spoilt, int64_t n) {
+__global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ Emissions<T> lists, int n_lists) {
     const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-    bool short_of_room = false;
-    for (int k = 0; k < n_lists; ++k) short_of_room |= __ldg(&in(lists.list[k].after)[0]) > lists.list[k].capacity;
     for (int k = 0; k < n_lists; ++k) {
         const Emission<T>& a = lists.list[k];
-        if (i >= a.capacity) continue;
-        const bool left = i >= __ldg(&in(a.after)[0]);
-        if (left) out(a.indices)[i] = 0;
+        const int64_t found = __ldg(&in(a.after)[0]);
+        if (found > a.capacity) __trap();
+        if (i < found || i >= a.capacity) continue;
+        out(a.indices)[i] = 0;
         for (int v = 0; v < 2; ++v)
-            if (a.to[v] != nullptr && (left || short_of_room))
-                out(a.to[v])[i] = short_of_room ? static_cast<T>(NAN) : T(0);
+            if (a.to[v] != nullptr) out(a.to[v])[i] = T(0);
     }
-    if (short_of_room && i < n) out(spoilt)[i] = static_cast<T>(NAN);
 }
 
 // The first of a row's entries, ascending, whose index is not below `index`.
@@ -279,7 +273,8 @@ dim3 grid_of(const Emissions<T>& lists, int n_lists) {
 
 // ---- device ----
 
-const char* error_text(int code) {
+const char* take_error(int code) {
+    cudaGetLastError();
     return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
@@ -339,10 +334,10 @@ int totals(const Emissions<T>& lists, int n_lists, Stream stream) {
 }
 
 template <typename T>
-int seal(const Emissions<T>& lists, int n_lists, T* spoilt, int64_t n, Stream stream) {
-    int64_t most = n;
+int seal(const Emissions<T>& lists, int n_lists, Stream stream) {
+    int64_t most = 1;  // a list without room may be too short as well
     for (int i = 0; i < n_lists; ++i) most = lists.list[i].capacity > most ? lists.list[i].capacity : most;
-    return launch(seal_kernel<T>, dim3(blocks_for(most, kThreads)), kThreads, stream, lists, n_lists, spoilt, n);
+    return launch(seal_kernel<T>, dim3(blocks_for(most, kThreads)), kThreads, stream, lists, n_lists);
 }
 
 int locate(const Locations& lists, int n_lists, int64_t columns, Stream stream) {
@@ -380,7 +375,7 @@ template int mark_nonzero(const uint8_t*, int64_t, int64_t, uint32_t*, int32_t*,
     template int count(const Emissions<T>&, int, Stream);                            \
     template int totals(const Emissions<T>&, int, Stream);                           \
     template int emit(const Emissions<T>&, int, Stream);                             \
-    template int seal(const Emissions<T>&, int, T*, int64_t, Stream);                \
+    template int seal(const Emissions<T>&, int, Stream);                             \
     template int scatter(const Events<T>&, int64_t, int64_t, T*, Stream);            \
     template int sum_steps(const Events<T>&, int64_t, int64_t, int64_t, T*, Stream); \
     template int gather(const T*, int64_t, int64_t, const Rows&, int64_t, T*, Stream);

@@ -1,6 +1,6 @@
 // The launchers of all CUDA kernels: raw device pointers and sizes in small structs, a stream, and an error code back.
 //
-// Neither torch nor the CUDA runtime is seen here. A code other than 0 is a cudaError_t; `error_text` says what it
+// Neither torch nor the CUDA runtime is seen here. A code other than 0 is a cudaError_t; `take_error` says what it
 // means. Letters as in docs/design.md. Bits: row r of a matrix [R, N] has words_of(N) words of 32 columns each; bits of
 // columns past N are 0. A chunk is the steps first_step .. first_step + steps of a sequence.
 #pragma once
@@ -32,7 +32,7 @@ struct PerNeuron {
 
 // ---- device ----
 
-const char* error_text(int code);
+const char* take_error(int code);  // its text; the runtime forgets it, so that no later call is blamed for it
 int is_capturing(Stream stream, bool& capturing);
 int l2_bytes(int64_t& bytes);                                             // of the current device
 int zero(void* data, int64_t bytes, Stream stream);                       // on the device
@@ -77,10 +77,10 @@ template <typename T>
 int count(const Emissions<T>& lists, int n_lists, Stream stream);
 template <typename T>
 int emit(const Emissions<T>& lists, int n_lists, Stream stream);
-// Of lists whose room was fixed beforehand, after the last of their chunks: 0 in what is left of it. Where one was too
-// short, NaN in the values of list 0 and in spoilt [n]: nothing that comes of it can pass for a result.
+// Of lists whose room was fixed beforehand, after the last of their chunks: 0 in what is left of it. Where one is too
+// short the kernel traps, and the device runs nothing more: a list without its end would pass for a result.
 template <typename T>
-int seal(const Emissions<T>& lists, int n_lists, T* spoilt, int64_t n, Stream stream);
+int seal(const Emissions<T>& lists, int n_lists, Stream stream);
 // Only `after`, where it must be known before there is a place to emit to.
 template <typename T>
 int totals(const Emissions<T>& lists, int n_lists, Stream stream);
@@ -289,7 +289,7 @@ struct LifBackwardScan {
     const uint32_t* spikes = nullptr;
     const T* drive = nullptr;
     const T* inflow = nullptr;
-    PerNeuron<T> mem_gain, syn_decay, leak, threshold, reset_to;
+    PerNeuron<T> mem_gain, syn_decay, threshold, reset_to;
     bool leaks;
     int reset;
     bool attached;  // gradients run through the spike in the reset

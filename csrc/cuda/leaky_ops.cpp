@@ -37,12 +37,8 @@ LeakyResult forward(const Device& on, const Request& ask, CurrentOf&& current_of
     const int64_t steps = ask.steps, batch = ask.batch, neurons = ask.neurons;
     const int64_t n_rows = steps * batch, entries = n_rows * neurons;
     check_size(n_rows, neurons, "leaky");
-    const T* mem_given = nullptr;
-    if (ask.mem.has_value()) {
-        STD_TORCH_CHECK(ask.mem->dim() == 2 && ask.mem->size(0) == batch && ask.mem->size(1) == neurons,
-                        "mem: expected [", batch, ", ", neurons, "]");
-        mem_given = on.read<T>(ask.mem, "mem");
-    }
+    check_state(ask.mem, batch, neurons, "mem");
+    const T* const mem_given = on.read<T>(ask.mem, "mem");
     ForwardScan<T> scan{};
     scan.beta = per_neuron<T>(on, ask.beta, neurons, "beta");
     scan.threshold = per_neuron<T>(on, ask.threshold, neurons, "threshold");
@@ -70,7 +66,7 @@ LeakyResult forward(const Device& on, const Request& ask, CurrentOf&& current_of
     }
     Listing<T> lists(on, steps, batch, neurons, list_rows, true, ask.keep_p);
     const int64_t most = static_cast<int64_t>(ask.max_active * static_cast<double>(entries));
-    const bool few = lists.run(most, mem_last, [&](const typename Listing<T>::Chunk& chunk) {
+    const bool few = lists.run(most, [&](const typename Listing<T>::Chunk& chunk) {
         const bool begins = chunk.first_step == 0;
         scan.steps = chunk.steps;
         scan.x = lists.x_scratch, scan.p = lists.p_scratch;
@@ -144,7 +140,7 @@ struct Saved {
     bool reset_delay;
 
     void make_contiguous() {
-        for (MaybeTensor* tensor : {&grad_x, &grad_mem_last, &grad_mem_seq, &x, &g, &mem})
+        for (MaybeTensor* tensor : {&grad_x, &grad_mem_last, &grad_mem_seq, &x, &g, &p, &p_last, &mem_seq, &mem})
             *tensor = contiguous(*tensor);
     }
 };
@@ -371,6 +367,7 @@ std::tuple<Tensor, Tensor, Tensor> leaky_dense(const Tensor& given, const Tensor
     const Tensor current = torch::stable::contiguous(given);
     mem = contiguous(mem);
     const int64_t steps = current.size(0), batch = current.size(1), neurons = current.size(2);
+    check_state(mem, batch, neurons, "mem");
     return SPARSE_BACKEND_DISPATCH(current, "leaky_dense", [&]() -> std::tuple<Tensor, Tensor, Tensor> {
         const Device on(current, "current");
         Tensor x = on.make<scalar_t>({steps, batch, neurons}), mem_last = on.make<scalar_t>({batch, neurons});

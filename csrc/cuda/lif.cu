@@ -22,8 +22,8 @@ struct Coefficients {
 };
 
 template <typename T, typename Scan>
-__device__ __forceinline__ Coefficients<T> coefficients(const Scan& a, int64_t j) {
-    return {of_neuron(a.mem_gain, j), of_neuron(a.syn_decay, j), of_neuron(a.leak, j), of_neuron(a.threshold, j),
+__device__ __forceinline__ Coefficients<T> coefficients(const Scan& a, const PerNeuron<T>& leak, int64_t j) {
+    return {of_neuron(a.mem_gain, j), of_neuron(a.syn_decay, j), of_neuron(leak, j), of_neuron(a.threshold, j),
             of_neuron(a.reset_to, j)};
 }
 
@@ -48,8 +48,7 @@ __device__ __forceinline__ Step<T> step_of(const LifForwardScan<T>& a, const Coe
         const T z = s.fires ? T(1) : T(0);
         v = (T(1) - z) * v + z * (a.reset == kValue ? c.reset_to : s.x);
     }
-    i = c.syn_decay * s.inflow;  // 0 without a synaptic current
-    if (a.syn_decay.data == nullptr) i = T(0);
+    i = a.syn_decay.data != nullptr ? c.syn_decay * s.inflow : T(0);
     return s;
 }
 
@@ -74,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
     const bool real = j < a.neurons;
     const int64_t at = sample * a.neurons + j, step = a.batch * a.neurons;
     const Global<const T> current(a.current);
-    const Coefficients<T> c = coefficients<T>(a, real ? j : 0);
+    const Coefficients<T> c = coefficients<T>(a, a.leak, real ? j : 0);
     T v = !real ? T(0) : a.v_before != nullptr ? in(a.v_before)[at] : c.leak;
     T i = real && a.i_before != nullptr ? in(a.i_before)[at] : T(0);
     T next[kAhead];
@@ -154,7 +153,7 @@ __global__ void __launch_bounds__(kBlockThreads) recurrent_forward_kernel(const 
             bool fires = false, is_active = false;
             if (real) {
                 T v = v_state[at], i = i_state[at];
-                const Step<T> s = step_of(a, coefficients<T>(a, j), sum, v, i);
+                const Step<T> s = step_of(a, coefficients<T>(a, a.leak, j), sum, v, i);
                 keep(a, s, v, i, t * step + at);
                 v_state[at] = v, i_state[at] = i;
                 fires = s.fires, is_active = s.is_active;
@@ -288,7 +287,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
     if (j >= a.neurons) return;  // no lane needs another here
     const int64_t at = sample * a.neurons + j, step = a.batch * a.neurons, last = a.first_step + a.steps - 1;
     const Global<T> delta_out(a.delta);
-    const Coefficients<T> c = coefficients<T>(a, j);
+    const Coefficients<T> c = coefficients<T>(a, {}, j);
     State<T> state = load_state(a, at);
     Bits later[kAhead];
     Values<T> values[kAhead];
@@ -356,7 +355,7 @@ __global__ void __launch_bounds__(kBlockThreads)
             State<T> state = load_state(now, at);
             const T from_spikes = comes && here.is_active ? back[j] : T(0);
             delta_out[(t - a.first_step) * step + at] =
-                adjoint_step(a, coefficients<T>(a, j), here, from_spikes, t * step + at, state);
+                adjoint_step(a, coefficients<T>(a, {}, j), here, from_spikes, t * step + at, state);
             store_state(a, at, state);
         }
         __syncthreads();

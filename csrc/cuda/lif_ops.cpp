@@ -27,11 +27,6 @@ struct LifNeuron {
     double max_active;
 };
 
-void check_state(const MaybeTensor& state, int64_t batch, int64_t neurons, const char* name) {
-    STD_TORCH_CHECK(!state.has_value() || (state->dim() == 2 && state->size(0) == batch && state->size(1) == neurons),
-                    name, ": expected [", batch, ", ", neurons, "]");
-}
-
 template <typename T>
 PerNeuron<T> coefficient(const Device& on, const MaybeTensor& tensor, int64_t neurons, const char* name) {
     return tensor.has_value() ? per_neuron<T>(on, *tensor, neurons, name) : PerNeuron<T>{};
@@ -108,7 +103,7 @@ LifResult forward(const Device& on, int64_t steps, int64_t batch, int64_t neuron
     }
     Listing<T> lists(on, steps, batch, neurons, {neuron.dense ? 0 : n_rows, n_rows, 0}, !neuron.dense, false);
     const int64_t most = static_cast<int64_t>(neuron.max_active * static_cast<double>(n_rows * neurons));
-    const bool few = lists.run(most, v_last, [&](const typename Listing<T>::Chunk& chunk) {
+    const bool few = lists.run(most, [&](const typename Listing<T>::Chunk& chunk) {
         scan.spikes = lists.bits(kSpikes), scan.active = lists.bits(kActive);
         if (is_recurrent && chunk.first_step == 0)
             on.check(zero(scan.fired, batch * words_of(neurons) * static_cast<int64_t>(sizeof(uint32_t)), on.stream()));
@@ -204,7 +199,7 @@ std::vector<Tensor> adjoint(const Device& on, LifSaved& saved, bool need_bias, i
     const int64_t steps = saved.steps, batch = saved.batch, neurons = saved.neurons, n_rows = steps * batch;
     const int64_t words = words_of(neurons), step = batch * neurons;
     for (MaybeTensor* tensor : {&saved.grad_x, &saved.grad_v_last, &saved.grad_i_last, &saved.grad_v_seq,
-                                &saved.grad_i_seq, &saved.x, &saved.g})
+                                &saved.grad_i_seq, &saved.x, &saved.g, &saved.drive, &saved.inflow})
         *tensor = contiguous(*tensor);
     LifBackwardScan<T> a{};
     a.total_steps = steps, a.batch = batch, a.neurons = neurons;

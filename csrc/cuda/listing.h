@@ -15,24 +15,27 @@ namespace sparse_backend {
 enum List { kActive = 0, kSpikes = 1, kResets = 2 };
 using Counts = std::array<int64_t, kLists>;
 
-// How many events a sequence of this shape had last time: what room the next one is given where it cannot be asked.
+// How many events sequences of one shape had of late: what room the next one is given where it cannot be asked. Layers
+// of one shape share it, so each list keeps the most of them, which fades as sequences go by.
 class Memory {
   public:
     using Key = std::tuple<int32_t, int64_t, int64_t, int64_t>;
-    std::optional<Counts> last(const Key& key) {
+    std::optional<Counts> of(const Key& key) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        const auto found = last_.find(key);
-        return found == last_.end() ? std::nullopt : std::optional<Counts>(found->second);
+        const auto found = kept_.find(key);
+        return found == kept_.end() ? std::nullopt : std::optional<Counts>(found->second);
     }
     void keep(const Key& key, const Counts& counts) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        if (last_.size() > 4096) last_.clear();
-        last_[key] = counts;
+        if (kept_.size() > 4096) kept_.clear();
+        Counts& kept = kept_[key];  // zeros at first
+        for (size_t i = 0; i < kept.size(); ++i) kept[i] = std::max(counts[i], kept[i] - kept[i] / kFading);
     }
 
   private:
+    static constexpr int64_t kFading = 32;
     std::mutex mutex_;
-    std::map<Key, Counts> last_;
+    std::map<Key, Counts> kept_;
 };
 
 inline Memory& memory() {
@@ -88,9 +91,9 @@ class Listing {
     }
 
     // Runs the chunks and makes the lists; false where more than `most` entries are active. `run_chunk` may be called
-    // again from the first chunk on. spoilt [B, N]: what a captured graph without enough room must not leave as it is.
+    // again from the first chunk on.
     template <typename RunChunk>
-    bool run(int64_t most, const Tensor& spoilt, RunChunk&& run_chunk) {
+    bool run(int64_t most, RunChunk&& run_chunk) {
         on_.check(zero(carried_, kept_[4].numel() * static_cast<int64_t>(sizeof(int64_t)), on_.stream()));
         const Memory::Key key{on_.index(), steps_, batch_, neurons_};
         const bool capturing = on_.capturing();
@@ -112,14 +115,14 @@ class Listing {
             return true;
         }
         // Bits and values of a chunk make way for the next: room is guessed, and made again where it was too little.
-        const std::optional<Counts> last = memory().last(key);
-        STD_TORCH_CHECK(last || !capturing,
+        const std::optional<Counts> kept = memory().of(key);
+        STD_TORCH_CHECK(kept || !capturing,
                         "sparse_backend: expected sequences of this shape to have been run before "
                         "the capture: how many events they have decides the room the graph has");
         const int64_t entries = steps_ * batch_ * neurons_, quarters = capturing ? 8 : 5;  // a graph gets no more
         Counts room;
         for (int i = 0; i < kLists; ++i)
-            room[i] = std::min(rows_[i] * neurons_, last ? (*last)[i] * quarters / 4 + 1024 : entries / 16 + 1024);
+            room[i] = std::min(rows_[i] * neurons_, kept ? (*kept)[i] * quarters / 4 + 1024 : entries / 16 + 1024);
         if (!capturing) room[kActive] = std::min(room[kActive], most + 1);
         for (;;) {
             make_room(room);
@@ -134,7 +137,7 @@ class Listing {
             }
             if (capturing) {
                 const Present all = lists_of(chunk_of(chunks_ - 1), true);
-                on_.check(seal(all.lists, all.n, on_.write<T>(spoilt), batch_ * neurons_, on_.stream()));
+                on_.check(seal(all.lists, all.n, on_.stream()));
                 return true;
             }
             const Counts found = ask();

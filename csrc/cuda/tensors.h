@@ -14,12 +14,13 @@
 
 #include "launch.h"
 
-// Where kernels run on the CPU (tests/emulation), these say so, and every buffer they may touch is made known.
+// Where kernels run on the CPU (tests/emulation), these say so, and every buffer an op may touch is made known.
 #ifndef SPARSE_BACKEND_LIBRARY
 #define SPARSE_BACKEND_LIBRARY sparse_backend
 #define SPARSE_BACKEND_KEY CUDA
 #define SPARSE_BACKEND_IS_OURS(tensor) (tensor).is_cuda()
 #define SPARSE_BACKEND_ANNOUNCE(data, bytes) (void)0
+#define SPARSE_BACKEND_FORGET() (void)0
 #endif
 
 namespace sparse_backend {
@@ -57,6 +58,7 @@ class Device {
     Device(const Tensor& like, const char* name) : like_(like), index_(like.get_device_index()) {
         STD_TORCH_CHECK(SPARSE_BACKEND_IS_OURS(like), name, ": expected a CUDA tensor, as another one is, got one on ",
                         device_name(like), ". Move it with .to()");
+        SPARSE_BACKEND_FORGET();
         if (like.is_cuda()) guard_.emplace(index_);
         if (like.is_cuda()) TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
     }
@@ -71,7 +73,7 @@ class Device {
     }
 
     // Raises for what a launcher returned.
-    void check(int code) const { STD_TORCH_CHECK(code == 0, "CUDA: ", error_text(code)); }
+    void check(int code) const { STD_TORCH_CHECK(code == 0, "CUDA: ", take_error(code)); }
 
     void expect_here(const Tensor& tensor, const char* name) const {
         STD_TORCH_CHECK(tensor.is_cuda() == like_.is_cuda() && tensor.get_device_index() == index_, name,
@@ -154,6 +156,16 @@ inline void check_events(const Tensor& row_ptr, int64_t n_rows, const char* name
                     row_ptr.numel());
 }
 
+inline void check_steps(int64_t n_rows, int64_t steps) {
+    STD_TORCH_CHECK(steps > 0 && n_rows % steps == 0, "steps: expected a number that divides the ", n_rows,
+                    " rows, got ", steps);
+}
+
+inline void check_state(const MaybeTensor& state, int64_t batch, int64_t neurons, const char* name) {
+    STD_TORCH_CHECK(!state.has_value() || (state->dim() == 2 && state->size(0) == batch && state->size(1) == neurons),
+                    name, ": expected [", batch, ", ", neurons, "]");
+}
+
 // Kernels count words of bits in 32 bits.
 inline void check_size(int64_t n_rows, int64_t columns, const char* name) {
     STD_TORCH_CHECK(n_rows < int64_t{1} << 31 && n_rows * words_of(columns) < int64_t{1} << 32, name,
@@ -175,6 +187,13 @@ const T* read_bias(const Device& on, const MaybeTensor& bias, int64_t neurons) {
     return on.read<T>(bias, "bias");
 }
 
+// Whether `bytes` from a tensor's first entry on lie in its storage.
+inline bool reaches(const Tensor& tensor, int64_t bytes) {
+    int64_t in_storage = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &in_storage));
+    return tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) + bytes <= in_storage;
+}
+
 // A weight [N, M] as kernels want it: a row per input, padded(N) apart, 16-byte aligned. Taken as it is where it
 // already lies so. What stands in the padding is never used.
 template <typename T>
@@ -187,8 +206,10 @@ class PaddedWeight {
         const int64_t neurons = weight.size(0), inputs = weight.size(1), width = padded(neurons);
         const auto* data = static_cast<const T*>(weight.data_ptr());
         if (weight.numel() == 0) return;
-        if (weight.stride(0) == 1 && weight.stride(1) == width && reinterpret_cast<uintptr_t>(data) % 16 == 0) {
-            SPARSE_BACKEND_ANNOUNCE(data, static_cast<size_t>(inputs * width) * sizeof(T));
+        const int64_t bytes = inputs * width * static_cast<int64_t>(sizeof(T));
+        if (weight.stride(0) == 1 && weight.stride(1) == width && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+            reaches(weight, bytes)) {
+            SPARSE_BACKEND_ANNOUNCE(data, static_cast<size_t>(bytes));
             view_ = {data, width};
             return;
         }

@@ -87,10 +87,6 @@ void leaky_forward_block(const LeakyForward<T>& a, const Block& block, int32_t* 
                 // The padding never counts: there NaN, which is active, comes of 0 * inf and inf - inf.
                 const uint64_t real = columns - j0 < 64 ? (uint64_t{1} << (columns - j0)) - 1 : ~uint64_t{0};
                 fires_bits &= real, active_bits &= real, reset_bits &= real;
-                if (columns - j0 < 64) {  // whatever the padding of a weight made of its columns
-                    const uint64_t valid = (uint64_t{1} << (columns - j0)) - 1;
-                    fires_bits &= valid, active_bits &= valid, reset_bits &= valid;
-                }
                 const int32_t column = first + static_cast<int32_t>(j0);
                 for (; fires_bits != 0; fires_bits &= fires_bits - 1)
                     spike_out[spikes++] = column + __builtin_ctzll(fires_bits);
@@ -162,7 +158,7 @@ void leaky_adjoint(const LeakyBackward<T>& a, const Block& block, NeuronSums<T> 
     const int64_t vecs = (columns + V::width - 1) / V::width;
     const int64_t width = vecs * V::width;
     const int64_t first = block.first_column, last = block.last_column;
-    const bool twice = a.double_reset();
+    const bool twice = a.double_reset() && a.has_g;
     Scratch<T> delta_scratch(samples * width), lambda_scratch(twice ? width : 0), through_scratch(twice ? width : 0);
     Scratch<int32_t> nonzero(samples);
     const T* beta = a.beta + first;

@@ -77,7 +77,8 @@ struct LeakyBackward {
     const T* grad_mem_last = nullptr;  // [B, N]
     const T* grad_mem_seq = nullptr;   // [T, B, N]
     const T* x = nullptr;              // [n_active], second reset to zero alone
-    const T* g = nullptr;              // [n_active], second reset alone
+    const T* g = nullptr;              // [n_active] with `has_g`: null too where nothing is active
+    bool has_g = false;                // a second reset's gradient runs through the surrogate
     Rows active;
     Rows spikes;                 // where resets are needed
     Rows resets;                 // r: its first step with reset_delay, else every step
@@ -93,7 +94,7 @@ struct LeakyBackward {
     bool double_reset() const { return !reset_delay && reset != kNone; }
 };
 
-// One step of the dense recursion needs no lists: every entry is active.
+// The dense recursion needs no lists: every entry is active.
 template <typename T>
 struct DenseForward {
     int64_t steps, batch, neurons;

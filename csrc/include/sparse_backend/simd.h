@@ -1,7 +1,7 @@
 // One vector type per element type, for the instruction set this library is compiled for: AVX-512, AVX2 or neither.
 //
 // A library holds one instruction set; sparse_backend/_build.py decides which one a machine gets. Arithmetic is never
-// fused: results are those of torch's own separate multiplications and additions, on every machine.
+// fused: element by element it gives, on every machine, what torch's separate multiplications and additions give.
 #pragma once
 
 #include <cstdint>
@@ -57,7 +57,6 @@ struct Vec<float> {
     Mask nonzero() const { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
     float sum() const { return _mm512_reduce_add_ps(v); }
     static uint32_t bits(Mask m) { return m; }
-    static Mask both(Mask a, Mask b) { return _kand_mask16(a, b); }
     static Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
     static Mask without(Mask a, Mask b) { return _kandn_mask16(b, a); }
     static Mask tail(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -82,7 +81,6 @@ struct Vec<double> {
     Mask nonzero() const { return _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NEQ_UQ); }
     double sum() const { return _mm512_reduce_add_pd(v); }
     static uint32_t bits(Mask m) { return m; }
-    static Mask both(Mask a, Mask b) { return _kand_mask8(a, b); }
     static Mask either(Mask a, Mask b) { return _kor_mask8(a, b); }
     static Mask without(Mask a, Mask b) { return _kandn_mask8(b, a); }
     static Mask tail(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
@@ -146,7 +144,6 @@ struct Vec {
         for (int i = 0; i < width; ++i) out |= static_cast<uint32_t>(m[i] & 1) << i;
         return out;
     }
-    static Mask both(Mask a, Mask b) { return a & b; }
     static Mask either(Mask a, Mask b) { return a | b; }
     static Mask without(Mask a, Mask b) { return a & ~b; }
 };
