@@ -18,7 +18,7 @@ from sparse_backend.timefusion.sites import NeuronSite
 
 from .for_norse_call import Call, OwnWeights, begins_as_norse, fitting, initial_state, shaped, why_not_recurrent
 from .for_norse_plan import Kind, Plan, make_plan, parts_of
-from .shared import record_linear
+from .shared import learns_of, record_linear
 
 
 def record(into: Recording, module: Any, layer: LayerState, kind: Kind, input_: Any, state: Any) -> Any:
@@ -112,8 +112,10 @@ def _outputs(kind: Kind, plan: Plan, site: Any, current: Any, states: list[Any])
     """Shape, dtype and whether gradients flow, of what one call gives: its output, and states that are not it."""
     recording = torch.is_grad_enabled()
     by_name = dict(zip(kind.state._fields, states, strict=True))  # type: ignore[attr-defined]
-    current_learns = recording and (_learns(current) or (kind.synaptic and _learns(by_name["i"])) or site.syn_learns)
-    learns = recording and (current_learns or site.learns or any(map(_learns, states)))
+    current_learns = recording and (
+        learns_of(current) or (kind.synaptic and learns_of(by_name["i"])) or site.syn_learns
+    )
+    learns = recording and (current_learns or site.learns or any(map(learns_of, states)))
     dtype = plan.dtype if plan.spike_grad is None else site.spike_dtype
     outputs = [(plan.shape, dtype, learns)]
     if kind.spikes:
@@ -121,10 +123,6 @@ def _outputs(kind: Kind, plan: Plan, site: Any, current: Any, states: list[Any])
     if kind.synaptic:
         outputs.append((plan.shape, plan.dtype, learns if kind.recurrent else current_learns))
     return outputs
-
-
-def _learns(x: Any) -> bool:
-    return x.learns if isinstance(x, TensorLike) else x.requires_grad
 
 
 class CellSite(NeuronSite):

@@ -18,7 +18,7 @@ from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watcha
 from sparse_backend.timefusion.sites import NeuronSite
 
 from . import for_snntorch as step_form
-from .shared import count, goes_dense, under_saved_tensor_hooks
+from .shared import count, goes_dense, learns_of, under_saved_tensor_hooks
 
 _ZEROS = object()  #: the state of a layer that begins
 
@@ -92,7 +92,7 @@ def _record_first(
     site: Any = into.sites.get(key)
     if site is None:
         site = into.sites[key] = _site(into, state, plan)
-    learns = torch.is_grad_enabled() and (site.learns or _learns(input_) or _learns(before))
+    learns = torch.is_grad_enabled() and (site.learns or learns_of(input_) or learns_of(before))
     site.outputs(input_.device, (shape, site.spike_dtype, learns), (shape, dtype, learns))
     ref = into.input_ref(input_)
     if kind is Tensor:
@@ -119,10 +119,6 @@ def _same_objects(own: Any, buffers: Any, parameters: Any, modules: Any, parts: 
         and own["state_quant"] is parts.state_quant
         and own["inhibition"] is parts.inhibition
     )
-
-
-def _learns(x: Any) -> bool:
-    return x.learns if isinstance(x, TensorLike) else x.requires_grad
 
 
 def _put_back(module: Any, state: LayerState) -> None:

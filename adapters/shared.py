@@ -35,6 +35,11 @@ def own_forward(module: Any) -> Any:
     return getattr(function, "__wrapped__", function)
 
 
+def learns_of(x: Any) -> bool:
+    """Whether gradients flow to a tensor, without asking a stand-in for its dense form."""
+    return x.learns if isinstance(x, TensorLike) else x.requires_grad
+
+
 class NoState:
     """The state of an enabled module that remembers nothing between calls."""
 

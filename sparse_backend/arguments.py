@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_backend import policy
-from sparse_backend.deferred import DeferredCurrent, WeightHub
+from sparse_backend.deferred import DeferredCurrent, WeightHub, is_finite
 from sparse_backend.events import EventTensor
 from sparse_backend.surrogate import SpikeGrad, inspect
 
@@ -98,11 +97,6 @@ def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None)
         dense = events.to_dense() if type(x) is EventTensor else x.to(weight.dtype)
         return torch.nn.functional.linear(dense, weight, bias)
     return DeferredCurrent(events, WeightHub(weight, None if bias is None else bias.contiguous(), None, 0))
-
-
-def is_finite(weight: Tensor) -> bool:
-    """Where it is not, zeros of the input count too: 0 * inf. On another device nobody looks: it would wait for it."""
-    return weight.device.type != "cpu" or math.isfinite(float(weight.detach().sum()))
 
 
 def given_current(current: Any) -> Tensor:

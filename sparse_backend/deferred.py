@@ -140,6 +140,11 @@ class WeightCache:
         return hub
 
 
+def is_finite(weight: Tensor) -> bool:
+    """Where it is not, zeros of the input count too: 0 * inf. On another device nobody looks: it would wait for it."""
+    return weight.device.type != "cpu" or math.isfinite(float(weight.detach().sum()))
+
+
 def _versions(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
     return (
         0 if weight.is_inference() else weight._version,

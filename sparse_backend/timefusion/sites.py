@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_backend import policy
-from sparse_backend.deferred import DeferredCurrent, WeightHub, defer
+from sparse_backend.deferred import DeferredCurrent, WeightHub, defer, is_finite
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike
 from sparse_backend.timefusion.recorder import Node, Recording, Run, Site, value
@@ -161,14 +160,6 @@ class FunctionSite(Site):
             node.run, node.index = Run([None], 1, [result]), 0
 
 
-def _is_finite(weight: Tensor, bias: Tensor | None) -> bool:
-    """Where it is not, products with zeros count too. On another device nobody looks: it would wait for the device."""
-    if weight.device.type != "cpu":
-        return True
-    total = float(weight.detach().sum())
-    return math.isfinite(total if bias is None else total + float(bias.detach().sum()))
-
-
 class LinearSite(Site):
     """A linear layer: its events over all steps, multiplied when the neurons behind it run."""
 
@@ -200,7 +191,7 @@ class LinearSite(Site):
             weight = weight.view_as(weight)
             bias = None if bias is None else bias.view_as(bias)
         current = None
-        if events is not None and _is_finite(weight, bias):
+        if events is not None and is_finite(weight):
             current = defer(events, weight, bias)
         if current is None:
             current = torch.nn.functional.linear(dense(whole), weight, bias)
