@@ -82,9 +82,8 @@ def count(
         layer.reason = "b_th is infinite" if math.isinf(b_th) else policy.WHY_ACTIVE
     if not (asked_dense or math.isinf(b_th)):
         layer.went_dense()
-    first = -tally.dense_steps % layer.COUNT_DENSE_EVERY
-    if first < steps:
-        x = result.x.reshape(steps, -1)[first :: layer.COUNT_DENSE_EVERY]
+    if steps > 1 or tally.dense_steps % layer.COUNT_DENSE_EVERY == 0:
+        x = result.x[:, :: max(1, entries // layer.COUNT_DENSE_MOST)]
         tally.active += x.numel() if math.isinf(b_th) else int((x.abs() < b_th).sum())
         tally.spikes += int((x > 0).sum())
         tally.counted += x.numel()

@@ -59,7 +59,10 @@ class LayerState:
     """The state of one neuron layer; `plan` is its adapter's, rebuilt whenever what it was made from changes."""
 
     DENSE_STEPS_FIRST, DENSE_STEPS_MOST = 8, 256
-    COUNT_DENSE_EVERY = 32  #: dense steps between two in which active entries and spikes are counted
+    #: of dense steps one in so many is counted: a prime, so that it is not the same one of every sequence
+    COUNT_DENSE_EVERY = 31
+    #: of a dense sequence so many entries are counted: those of some samples, at all steps
+    COUNT_DENSE_MOST = 1 << 20
 
     def __init__(self, name: str, b_th: policy.BTh, tally: Tally | None = None) -> None:
         self.name, self.b_th = name, b_th
