@@ -13,7 +13,7 @@ from sparse_backend.deferred import DeferredCurrent
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute_lif import LIResult
 from sparse_backend.tensorlike import TensorLike
-from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take
+from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite
 
 from .for_norse_call import Call, OwnWeights, begins_as_norse, fitting, initial_state, shaped, why_not_recurrent
@@ -39,9 +39,7 @@ def record(into: Recording, module: Any, layer: LayerState, kind: Kind, input_: 
         and all([type(x) is Placeholder and x.spec is spec for x, spec in zip(state, site.state_specs, strict=True)])
         and site.is_of(module)
     ):  # the next call of the last one's layer with the next step of its input
-        ref = current.ref
-        ref[0].used |= 1 << ref[1]
-        outputs = site.add((ref,), tuple([take(x.ref) for x in state]))
+        outputs = site.add((use(current.ref),), tuple([take(x.ref) for x in state]))
     else:
         recorded = _record_first(into, module, layer, kind, current, state)
         if recorded is None:

@@ -14,7 +14,7 @@ from sparse_backend.deferred import DeferredCurrent, WeightCache, unusual
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute import run_leaky
 from sparse_backend.tensorlike import TensorLike
-from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take
+from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite
 
 from . import for_snntorch as step_form
@@ -37,9 +37,7 @@ def record(into: Recording, module: Any, state: LayerState, input_: Any, mem: An
         and _same_objects(own, buffers, module._parameters, module._modules, site.plan.parts)
         and (mem is None or not own["init_hidden"])
     ):  # the next call of the last one's layer with the next step of its input
-        ref = input_.ref
-        ref[0].used |= 1 << ref[1]
-        spikes, after = site.add((ref,), (take(before.ref),))
+        spikes, after = site.add((use(input_.ref),), (take(before.ref),))
     else:
         recorded = _record_first(into, module, state, input_, before, mem)
         if recorded is None:

@@ -17,7 +17,7 @@ from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike, implements
 from sparse_backend.timefusion import recorder
-from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable
+from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, use
 from sparse_backend.timefusion.sites import LinearSite
 
 _FLOATS = (torch.float32, torch.float64)
@@ -232,9 +232,7 @@ def record_linear(
         # The next call of the last one's layer, with the next step of its input?
         if type(input) is Placeholder:
             if input.spec is site.input_spec:
-                ref = input.ref
-                ref[0].used |= 1 << ref[1]
-                return site.add((ref,))[0]
+                return site.add((use(input.ref),))[0]
         elif type(input) is Tensor:
             if input._base is site.sliced and site.recording is into and input.shape == site.slice_shape:
                 return site.add((input,))[0]

@@ -17,3 +17,18 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def neurons(monkeypatch):
+    """snnTorch's list of all neurons, which `utils.reset` resets, begins empty."""
+    snn = pytest.importorskip("snntorch")
+    monkeypatch.setattr(snn.SpikingNeuron, "instances", [])
+
+
+@pytest.fixture(params=["inf", "band", "band as events"])
+def way(request):
+    """How a model is enabled, of those that stand for all; a file that needs every one has a fixture of its own."""
+    from pairs import WAYS
+
+    return WAYS[request.param]

@@ -56,9 +56,7 @@ Pair = tuple[Any, Any]
 ways = st.sampled_from(list(WAYS))
 
 
-@pytest.fixture(autouse=True)
-def neurons(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snn.SpikingNeuron, "instances", [])
+pytestmark = pytest.mark.usefixtures("neurons")
 
 
 class Parts(nn.Module):

@@ -28,10 +28,7 @@ snn = pytest.importorskip("snntorch")
 utils = pytest.importorskip("snntorch.utils")
 
 
-@pytest.fixture(autouse=True)
-def neurons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """snnTorch's list of all neurons, which `utils.reset` resets, begins empty."""
-    monkeypatch.setattr(snn.SpikingNeuron, "instances", [])
+pytestmark = pytest.mark.usefixtures("neurons")
 
 
 @pytest.fixture(params=WAYS)

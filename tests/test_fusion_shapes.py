@@ -39,7 +39,6 @@ from fusion_loops import (
 )
 from helpers import assert_close, normal, spikes
 from pairs import (
-    WAYS,
     Way,
     assert_equal_runs,
     assert_no_placeholder,
@@ -61,15 +60,7 @@ snn = pytest.importorskip("snntorch")
 utils = pytest.importorskip("snntorch.utils")
 
 
-@pytest.fixture(autouse=True)
-def neurons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """snnTorch's list of all neurons, which `utils.reset` resets, begins empty."""
-    monkeypatch.setattr(snn.SpikingNeuron, "instances", [])
-
-
-@pytest.fixture(params=["inf", "band", "band as events"])
-def way(request: pytest.FixtureRequest) -> Way:
-    return WAYS[request.param]
+pytestmark = pytest.mark.usefixtures("neurons")
 
 
 # What becomes of the recorded steps.

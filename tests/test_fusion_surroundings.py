@@ -51,15 +51,7 @@ snn = pytest.importorskip("snntorch")
 utils = pytest.importorskip("snntorch.utils")
 
 
-@pytest.fixture(autouse=True)
-def neurons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """snnTorch's list of all neurons, which `utils.reset` resets, begins empty."""
-    monkeypatch.setattr(snn.SpikingNeuron, "instances", [])
-
-
-@pytest.fixture(params=["inf", "band", "band as events"])
-def way(request: pytest.FixtureRequest) -> Way:
-    return WAYS[request.param]
+pytestmark = pytest.mark.usefixtures("neurons")
 
 
 # Torch's own machinery around and inside the loop.

@@ -23,10 +23,7 @@ with warnings.catch_warnings():
     from snntorch import backprop
 
 
-@pytest.fixture(autouse=True)
-def neurons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """snnTorch's list of all neurons, which `utils.reset` resets, begins empty."""
-    monkeypatch.setattr(snn.SpikingNeuron, "instances", [])
+pytestmark = pytest.mark.usefixtures("neurons")
 
 
 def trained(net: nn.Module) -> dict[str, Tensor]:

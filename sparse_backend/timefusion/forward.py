@@ -38,8 +38,13 @@ class FusionState:
     def __reduce__(self) -> Any:
         return type(self), ()
 
-    def saw(self, into: Recording) -> None:
+    def note(self, into: Recording) -> None:
+        """Remember what a recording did, for `report`."""
         self.longest, self.forced_by, self.forced = into.longest, into.forced_by, into.forced
+
+    def saw(self, into: Recording) -> None:
+        """The same of a recorded forward, and how soon the next one is worth recording."""
+        self.note(into)
         if into.longest == 1:
             self.skip, self.skip_next = self.skip_next, min(2 * self.skip_next, _SKIP_MOST)
         else:
@@ -138,5 +143,5 @@ def fuse_time(net: nn.Module) -> Iterator[None]:
     into.finish()
     state = net.__dict__.get("_sparse_backend")
     if type(state) is FusionState:
-        state.longest, state.forced_by, state.forced = into.longest, into.forced_by, into.forced
+        state.note(into)
     _settle(net)

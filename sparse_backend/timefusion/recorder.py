@@ -374,9 +374,7 @@ class Recording:
         if type(x) is Placeholder:
             if x._dense_only or x.spec.recording is not self:
                 return x.to_dense()
-            ref = x.ref
-            ref[0].used |= 1 << ref[1]
-            return ref
+            return use(x.ref)
         return x
 
     def state_ref(self, x: Any) -> Any:
@@ -497,6 +495,12 @@ def is_watchable(tensor: Tensor) -> bool:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def use(ref: tuple[Node, int]) -> tuple[Node, int]:
+    """Take an output as the input of a call."""
+    ref[0].used |= 1 << ref[1]
+    return ref
 
 
 def take(ref: tuple[Node, int]) -> tuple[Node, int]:
