@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparse_backend import policy
-from sparse_backend.deferred import DeferredCurrent, WeightCache, WeightHub, defer, unusual
+from sparse_backend.deferred import DeferredCurrent, WeightCache, WeightHub, defer, is_finite, unusual
 from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike, implements
@@ -107,8 +107,7 @@ def of_all_steps(current: DeferredCurrent) -> DeferredCurrent | Tensor:
         if cache.weight is None or cache.hub(cache.weight, cache.bias) is not hub:
             return current
         return DeferredCurrent(current.events, WeightHub(cache.weight, cache.bias, None, 0))
-    sums = [float(part.detach().sum()) for part in (hub.weight, hub.bias) if part is not None]
-    if all(map(math.isfinite, sums)):
+    if all(part is None or is_finite(part) for part in (hub.weight, hub.bias)):
         return current
     return torch.nn.functional.linear(current.events.to_dense(), hub.weight, hub.bias)
 
