@@ -13,7 +13,7 @@ from sparse_backend import _build
 from sparse_backend._version import __version__
 
 if TYPE_CHECKING:
-    from sparse_backend import functional
+    from sparse_backend import functional, losses
     from sparse_backend.checking import check
     from sparse_backend.enabling import disable, enable, patch, unpatch
     from sparse_backend.events import EventTensor, collate
@@ -29,6 +29,7 @@ __all__ = [
     "enable",
     "functional",
     "fuse_time",
+    "losses",
     "patch",
     "report",
     "unpatch",
@@ -53,8 +54,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    if name == "functional":
-        return import_module(f"{__name__}.functional")
+    if name in ("functional", "losses"):
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

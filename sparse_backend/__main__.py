@@ -11,6 +11,7 @@ from sparse_backend._version import __version__
 COMMANDS = {
     "doctor": ("sparse_backend.doctor", "what is installed, what is built, what is missing and how to cure it"),
     "bench": ("sparse_backend.bench", "measure stock training against sparse gradients on this machine"),
+    "paper": ("sparse_backend.paper", "the experiments of the paper, on its data sets"),
     "demo": ("sparse_backend.demo", "train a small network on real data, stock and enabled, and compare"),
 }
 

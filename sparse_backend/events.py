@@ -354,25 +354,41 @@ class EventTensor(TensorLike):
 
     @classmethod
     def stack(cls, steps: Sequence[EventTensor]) -> EventTensor:
-        """Events [..., N] of one shape, one after another along a new first dimension; their handles are left out."""
-        pointers, indices, values, offset = [steps[0].row_ptr[:1] * 0], [], [], 0
-        weighted = any(step.values is not None for step in steps)
-        for step in steps:
-            begin, end = int(step.row_ptr[0]), int(step.row_ptr[-1])
-            pointers.append(step.row_ptr[1:] + (offset - begin))
-            indices.append(step.indices[begin:end])
-            if weighted:
-                ones = torch.ones(end - begin, dtype=step.dtype, device=step.device)
-                values.append(ones if step.values is None else step.values[begin:end])
-            offset += end - begin
+        """Events [..., N] of one shape, one after another along a new first dimension. Compact handles go on learning,
+        dense ones are left out."""
+        row_ptr, indices = _join([(step.row_ptr, step.indices) for step in steps])
+        values = None
+        if any(step.values is not None for step in steps):
+            values = torch.cat([step._weights() for step in steps])
+        handle = active_ptr = active_indices = None
+        handles = [step.handle if step.learns and step.active_ptr is not None else None for step in steps]
+        if any(part is not None for part in handles):
+            nobody: Any = torch.zeros_like(steps[0].row_ptr), indices[:0]
+            active_ptr, active_indices = _join(
+                [
+                    nobody if part is None else (step.active_ptr, step.active_indices)
+                    for step, part in zip(steps, handles, strict=True)
+                ]
+            )
+            handle = torch.cat([part for part in handles if part is not None])
         return cls(
             (len(steps), *steps[0].shape),
-            torch.cat(pointers),
-            torch.cat(indices),
-            torch.cat(values) if weighted else None,
+            row_ptr,
+            indices,
+            values,
+            handle=handle,
+            active_ptr=active_ptr,
+            active_indices=active_indices,
             dtype=steps[0].dtype,
             check=False,
         )
+
+    def _weights(self) -> Tensor:
+        """What each event counts: [nnz]."""
+        begin, end = int(self.row_ptr[0]), int(self.row_ptr[-1])
+        if self.values is None:
+            return torch.ones(end - begin, dtype=self.dtype, device=self.device)
+        return self.values[begin:end]
 
     def _split(self) -> list[EventTensor]:
         size, shape = self.shape[0], self.shape[1:]
@@ -498,6 +514,17 @@ class EventTensor(TensorLike):
         )
 
 
+def _join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """CSR structures of as many columns, row pointers and indices, one below the other."""
+    pointers, indices, offset = [parts[0][0][:1] * 0], [], 0
+    for row_ptr, columns in parts:
+        begin, end = int(row_ptr[0]), int(row_ptr[-1])
+        pointers.append(row_ptr[1:] + (offset - begin))
+        indices.append(columns[begin:end])
+        offset += end - begin
+    return torch.cat(pointers), torch.cat(indices)
+
+
 def _rebuild(
     shape: torch.Size, row_ptr: Tensor, indices: Tensor, values: Tensor | None, dtype: torch.dtype
 ) -> EventTensor:
@@ -530,13 +557,19 @@ def _sum(input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None
     if type(input) is not EventTensor or not input.is_events or (input.active_ptr is None and input.handle is not None):
         return NotImplemented
     dim = axis if dim is None else dim
-    if dim not in (0, (0,), [0]) or keepdim or dtype is not None or more or len(input.shape) < 2 or not input.numel():
+    dtype = input.dtype if dtype is None else dtype
+    if dim not in (0, (0,), [0]) or keepdim or dtype not in _FLOATS or more or len(input.shape) < 2:
+        return NotImplemented
+    if not input.numel():
         return NotImplemented
     _native.load()
     like = input.handle if input.handle is not None else input.row_ptr.new_empty(0, dtype=input.dtype)
-    parts = (input.row_ptr, input.indices, input.values, input.active_ptr, input.active_indices)
+    values = input.values
+    of_sum = dtype if dtype in _OF_KERNELS else torch.float32
+    like, values = like.to(of_sum), None if values is None else values.to(of_sum)
+    parts = (input.row_ptr, input.indices, values, input.active_ptr, input.active_indices)
     flat = call_events_sum(like, *parts, input.shape[-1], input.shape[0])
-    return flat.view(input.shape[1:])
+    return flat.view(input.shape[1:]).to(dtype)
 
 
 @implements(torch.Tensor.to_dense)

@@ -4,12 +4,16 @@ from .coding import SpikeEvents, latency, latency_events, latency_spikes
 from .digits import load_digits
 from .idx import load_fashion_mnist, read_idx
 from .images import ImageSet
+from .recordings import EventSet, Recordings, latency_set
 
 __all__ = [
+    "EventSet",
     "ImageSet",
+    "Recordings",
     "SpikeEvents",
     "latency",
     "latency_events",
+    "latency_set",
     "latency_spikes",
     "load_digits",
     "load_fashion_mnist",
