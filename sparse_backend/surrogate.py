@@ -116,19 +116,41 @@ def _probe(spike_grad: SpikeGrad) -> str | None:
     return None
 
 
-def b_th_of_mass(spike_grad: SpikeGrad, mass: float = AUTO_MASS) -> float:
-    """The smallest b_th that keeps `mass` of the integral of |g|; infinity where the integral diverges."""
-    decades, per_decade = 8, 400
+_DECADES, _PER_DECADE = 8, 400  # of |x|, each way from 1
+
+
+def _mass(spike_grad: SpikeGrad) -> tuple[Tensor, Tensor]:
+    """Points x > 0, evenly spaced in log(x), and the integral of |g| from -x to x at each."""
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        x = torch.logspace(-decades, decades, 2 * decades * per_decade + 1, dtype=torch.float64)
+        x = torch.logspace(-_DECADES, _DECADES, 2 * _DECADES * _PER_DECADE + 1, dtype=torch.float64)
         g = derivative(spike_grad, x).abs() + derivative(spike_grad, -x).abs()
     g = g.nan_to_num(nan=0.0)  # a formula may overflow far from the threshold, where its value is 0
-    steps = math.log(10) / per_decade
+    steps = math.log(10) / _PER_DECADE
     weighted = g * x  # dx = x dlog(x)
     pieces = 0.5 * (weighted[1:] + weighted[:-1]) * steps
-    below = torch.cat([weighted[:1], weighted[0] + pieces.cumsum(0)])
+    return x, torch.cat([weighted[:1], weighted[0] + pieces.cumsum(0)])
+
+
+def _total(below: Tensor) -> float:
+    """The whole integral; infinite where it diverges, or is no positive number."""
     total = float(below[-1])
-    if not math.isfinite(total) or total <= 0 or total - float(below[-1 - per_decade]) > 0.01 * total:
+    converges = math.isfinite(total) and total > 0 and total - float(below[-1 - _PER_DECADE]) <= 0.01 * total
+    return total if converges else math.inf
+
+
+def mass_of_b_th(spike_grad: SpikeGrad, b_th: float) -> float:
+    """The share, 0..1, of the integral of |g| that lies within b_th; of one that diverges, 0 where b_th is finite."""
+    if math.isinf(b_th):
+        return 1.0
+    x, below = _mass(spike_grad)
+    return float(below[min(int(torch.searchsorted(x, b_th)), len(x) - 1)]) / _total(below)
+
+
+def b_th_of_mass(spike_grad: SpikeGrad, mass: float = AUTO_MASS) -> float:
+    """The smallest b_th that keeps `mass` of the integral of |g|; infinity where the integral diverges."""
+    x, below = _mass(spike_grad)
+    total = _total(below)
+    if math.isinf(total):
         return math.inf
     place = int(torch.searchsorted(below, mass * total))
     low, high = float(below[place - 1]), float(below[place])

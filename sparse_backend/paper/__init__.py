@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,7 @@ def _train(arguments: argparse.Namespace, command: str) -> None:
     from sparse_backend.demo.progress import Progress
 
     from . import datasets, options
+    from .gradients import write_gradients
     from .train import Experiment, train
 
     preset = options.preset_of(arguments)
@@ -36,8 +38,10 @@ def _train(arguments: argparse.Namespace, command: str) -> None:
         for seed in arguments.seeds:
             experiment = Experiment(arguments.dataset, preset, seed, arguments.dense)
             with Progress(total, arguments.quiet) as progress:
-                result = train(experiment, data, arguments.out, command, progress.advance)
+                trainer, result = train(experiment, data, arguments.out, command, progress.advance)
             last = result["history"][-1]
+            if not (preset.b_th == math.inf or experiment.stock):
+                write_gradients(trainer, arguments.out, command)
             print(
                 f"{experiment.id}: {result['status']} after {last['epoch']} epochs, "
                 f"test accuracy {last.get('test_accuracy', float('nan')):.2f} %",

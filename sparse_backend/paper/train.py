@@ -61,6 +61,12 @@ class Trainer:
         self.order = torch.Generator().manual_seed(experiment.seed)
         self.history: list[dict[str, Any]] = []
 
+    def stock(self) -> Any:
+        """A copy of the network as it is now, with nothing enabled."""
+        net = build(self.data.train.n_units, self.data.classes, self.experiment.preset)
+        net.load_state_dict(self.net.state_dict())
+        return net
+
     def batches(self, part: Recordings, order: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Spikes [T, B, N], dense for a stock network, and labels [B]; the last batch may be smaller."""
         for indices in order.split(self.experiment.preset.batch):
@@ -151,8 +157,8 @@ class Trainer:
 
 def train(
     experiment: Experiment, data: EventSet, out: Path, command: str, tick: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
-    """Train, or go on where an earlier run stopped; returns what `<out>/<id>.json` holds at the end.
+) -> tuple[Trainer, dict[str, Any]]:
+    """Train, or go on where an earlier run stopped; returns the network and what `<out>/<id>.json` holds at the end.
 
     After every epoch the result is written and `<out>/<id>.ckpt` holds what is needed to go on; a finished run is
     returned as it is. tick: called after each training step with a note.
@@ -162,6 +168,8 @@ def train(
     trainer = Trainer(experiment, data)
     if checkpoint.exists():
         trainer.load(torch.load(checkpoint, weights_only=True))
+        if len(trainer.history) > experiment.preset.epochs:
+            return trainer, json.loads(result_path.read_text(encoding="utf-8"))
     elif result_path.exists():
         raise FileExistsError(f"{result_path} is there, but not its checkpoint: choose another --out, or delete it")
 
@@ -189,14 +197,14 @@ def train(
     for epoch in range(len(trainer.history), experiment.preset.epochs + 1):
         entry = {"epoch": epoch, **trainer.epoch(tick)}
         if not math.isfinite(entry["loss"]):
-            return result("diverged")
+            return trainer, result("diverged")
         trainer.history.append({**entry, "test_accuracy": trainer.accuracy(data.test), **trainer.activity().to_dict()})
         status = _status(trainer)
         temporary = checkpoint.with_suffix(".part")
         torch.save(trainer.state(), temporary)
         os.replace(temporary, checkpoint)
         result("running" if epoch < experiment.preset.epochs else status)
-    return result(status)
+    return trainer, result(status)
 
 
 def _status(trainer: Trainer) -> str:

@@ -1,0 +1,206 @@
+"""One quantity over a range: a network is trained at each value, then timed and compared with stock."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import gc
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparse_backend import EventTensor
+from sparse_backend.bench import machine
+from sparse_backend.bench.measure import set_threads
+from sparse_backend.bench.memory import kept_bytes
+from sparse_backend.bench.paths import Times
+from sparse_backend.bench.timing import summary
+from sparse_backend.demo.progress import Progress
+from sparse_backend.policy import resolve_b_th
+from sparse_backend.surrogate import mass_of_b_th
+
+from . import datasets, options
+from .gradients import mask, relative_error
+from .presets import Preset
+from .train import Experiment, Trainer, train, write
+
+VALUES: dict[str, tuple[float, ...]] = {
+    "hidden": (100, 200, 400, 600, 800, 1000),
+    "b-th": (0.05, 0.1, 0.2, 0.4, 0.8, math.inf),
+    "depth": (1, 2, 3, 4, 5),
+}
+REPEATS = 7
+SAME = 0.999  #: least cosine of our gradient with stock's masked one, and share of the readout's values that agree
+
+
+def preset_at(preset: Preset, over: str, value: float) -> Preset:
+    """The preset with one quantity changed."""
+    if over == "b-th":
+        return dataclasses.replace(preset, b_th=value)
+    if value != int(value) or value < 1:
+        raise ValueError(f"--values must be whole numbers of at least 1 over {over}, got {value}")
+    if preset.net != "feedforward":
+        raise ValueError(f"--over {over} needs a network of fully connected layers, got {preset.net}")
+    widths = (int(value),) * len(preset.hidden) if over == "hidden" else (preset.hidden[0],) * int(value)
+    return dataclasses.replace(preset, hidden=widths)
+
+
+def sweep(arguments: argparse.Namespace, command: str) -> None:
+    """Run it, writing the results so far after each value."""
+    base = options.preset_of(arguments)
+    values = arguments.values or VALUES[arguments.over]
+    presets = [preset_at(base, arguments.over, value) for value in values]
+    before = set_threads(arguments.threads)
+    try:
+        data = datasets.load(base.dataset, arguments.data, base.steps, arguments.limit)
+        rows: list[dict[str, Any]] = []
+        for value, preset in zip(values, presets, strict=True):
+            experiment = Experiment(arguments.dataset, preset, arguments.seed)
+            with Progress(preset.epochs * -(-len(data.train) // preset.batch), arguments.quiet) as progress:
+                trainer, result = train(experiment, data, arguments.out, command, progress.advance)
+            row = {"value": "inf" if value == math.inf else value, **_trained(result), **compare(trainer)}
+            print(f"{arguments.over} {value:g}: {said(row)}", flush=True)
+            rows.append(row)
+            whole = {
+                "over": arguments.over,
+                "experiment": Experiment(arguments.dataset, base, arguments.seed).to_dict(),
+                "data": result["data"],
+                "rows": rows,
+                "command": command,
+                **machine.describe(),
+            }
+            surrogate = f"slope{base.slope:g}" if base.slope else "atan"
+            name = f"sweep_{arguments.dataset}_{arguments.over}_{surrogate}_seed{arguments.seed}.json"
+            write(arguments.out / name, json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    finally:
+        set_threads(before)
+
+
+def _trained(result: dict[str, Any]) -> dict[str, Any]:
+    history = result["history"]
+    last = {"loss": None, "test_accuracy": None, **history[-1]}
+    return {
+        "epochs": last["epoch"],
+        "status": result["status"],
+        **{name: last[name] for name in ("loss", "test_accuracy", "spikes_pct", "active_pct")},
+        "seconds": sum(entry.get("seconds", 0.0) for entry in history),
+    }
+
+
+def said(row: dict[str, Any]) -> str:
+    stock, enabled = row["stock"], row["enabled"]
+    ratios = [stock["ms"][part]["median"] / enabled["ms"][part]["median"] for part in ("backward", "whole")]
+    return (
+        f"test accuracy {row['test_accuracy']:.2f} %, backward {ratios[0]:.1f}x, whole step {ratios[1]:.1f}x, "
+        f"kept {100 * enabled['kept_bytes'] / stock['kept_bytes']:.1f} %"
+    )
+
+
+class Side(NamedTuple):
+    """A network with the input it takes."""
+
+    net: Any
+    x: Any  #: [T, B, N], dense or events
+
+    def renewed(self) -> Side:
+        """The same events as an input not seen before, of which nothing is remembered."""
+        if type(self.x) is Tensor:
+            return self
+        return Side(self.net, EventTensor(self.x.shape, self.x.row_ptr, self.x.indices, check=False))
+
+
+def compare(trainer: Trainer) -> dict[str, Any]:
+    """Stock against enabled on one training batch, with the trained weights: dense input for stock, events for ours.
+
+    Raises:
+        RuntimeError: the two do not agree, so that no time of theirs may be compared.
+    """
+    preset = trainer.experiment.preset
+    x, labels = trainer.data.train.batch(torch.arange(min(preset.batch, len(trainer.data.train))))
+    sides = {"stock": Side(trainer.stock(), x.to_dense()), "enabled": Side(copy.deepcopy(trainer.net), x)}
+    loss = _loss(trainer, labels)
+    dense, sparse = (_gradients(side, loss) for side in sides.values())
+    _agree(trainer, sides, loss, sparse)
+    names = [name for name in dense if name.startswith(("linears", "conv", "output")) and name.endswith("weight")]
+    neuron = sides["stock"].net.neurons[0]
+    times: dict[str, list[Times]] = {name: [] for name in sides}
+    order = list(sides)
+    for repeat in range(REPEATS + 1):
+        random.Random(repeat).shuffle(order)
+        for name in order:
+            gc.collect()
+            one = _timed(sides[name], loss)
+            if repeat:  # the first is for warming up
+                times[name].append(one)
+    measured = {
+        name: {"ms": summary(times[name]), "kept_bytes": _kept(side, labels, loss)} for name, side in sides.items()
+    }
+    return {
+        "mass_pct": 100 * mass_of_b_th(neuron.spike_grad, resolve_b_th(preset.b_th, neuron.spike_grad)),
+        **measured,
+        "gradient_error": [relative_error(sparse[name], dense[name]) for name in names],
+    }
+
+
+def _loss(trainer: Trainer, labels: Tensor) -> Callable[[Side], Tensor]:
+    def loss(side: Side) -> Tensor:
+        mem, spikes = side.net(side.x)
+        return trainer.loss(mem, spikes, labels)
+
+    return loss
+
+
+def _timed(side: Side, loss: Callable[[Side], Tensor]) -> Times:
+    side = side.renewed()
+    start = time.perf_counter()
+    side.net.zero_grad()
+    value = loss(side)
+    middle = time.perf_counter()
+    value.backward()
+    end = time.perf_counter()
+    return Times(middle - start, end - middle, end - start)
+
+
+def _kept(side: Side, labels: Tensor, loss: Callable[[Side], Tensor]) -> int:
+    own = [*side.net.parameters(), *side.net.buffers(), labels]
+    own += [side.x] if type(side.x) is Tensor else [side.x.row_ptr, side.x.indices]
+    return kept_bytes(lambda: loss(side), exclude=own)
+
+
+def _gradients(side: Side, loss: Callable[[Side], Tensor]) -> dict[str, Tensor]:
+    side.net.zero_grad()
+    loss(side).backward()
+    return {name: p.grad.clone() for name, p in side.net.named_parameters() if p.grad is not None}
+
+
+@torch.no_grad()
+def _readout(side: Side) -> Tensor:
+    return side.net(side.x)[0]
+
+
+def _agree(trainer: Trainer, sides: dict[str, Side], loss: Callable[[Side], Tensor], sparse: dict[str, Tensor]) -> None:
+    """E1 and E3 in float32: a membrane within rounding of the threshold may spike in one and not in the other, so the
+    bulk has to agree and a rare value need not."""
+    masked = Side(trainer.stock(), sides["stock"].x)
+    mask(masked.net, trainer.experiment.preset.b_th)
+    expected, got = _readout(sides["stock"]), _readout(sides["enabled"])
+    same = float(((expected - got).abs() <= 1e-4 * max(1.0, float(expected.abs().max()))).double().mean())
+    gradients = _gradients(masked, loss)
+    worst = min(
+        float(nn.functional.cosine_similarity(sparse[name].view(-1).double(), value.view(-1).double(), dim=0))
+        for name, value in gradients.items()
+        if value.any()
+    )
+    if min(same, worst) < SAME:
+        raise RuntimeError(
+            f"{trainer.experiment.id}: a share of {SAME} of the readout's values and a gradient cosine of {SAME} must be "
+            f"reached against stock before anything is timed, got {same:.4f} and {worst:.4f}: "
+            "please report this, with the output of python -m sparse_backend doctor"
+        )
