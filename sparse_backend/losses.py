@@ -88,11 +88,14 @@ def cross_entropy_over_time(mem: Tensor | Sequence[Tensor], labels: Tensor, pool
 def lower_activity(spk: Tensor | Sequence[Tensor], threshold: float, strength: float) -> Tensor:
     """Pushes neurons that spike less than `threshold` times up: a scalar, to be added to the loss.
 
+    ::
+
         strength / (B N) Σ_{b,i} max(0, threshold − ζ[b,i])²,    ζ[b,i] = Σ_t S[t,b,i]
 
     spk: spikes S of one layer, [T, B, N] (or [T, B, ...], its N neurons in any shape), dense or events, or a list of T
     steps, floating point; threshold: spikes per neuron and sample, over all steps; strength: weight of the term.
-    Gradients reach all neurons that spike too little through those of their entries that are active.
+    Of an enabled model the gradient reaches a neuron at the steps at which it is active; one that never comes within
+    b_th of its threshold gets none.
     Raises TypeError or ValueError naming the argument, what was expected and what was given.
     Source: the form of Zenke & Vogels 2021 (The remarkable robustness of surrogate gradient learning), which
     Perez-Nieves & Goodman 2021 follow in appendix E.4; there are others, this is the one used here.
@@ -103,6 +106,8 @@ def lower_activity(spk: Tensor | Sequence[Tensor], threshold: float, strength: f
 
 def upper_activity(spk: Tensor | Sequence[Tensor], threshold: float, strength: float) -> Tensor:
     """Holds a layer that spikes more than `threshold` times per neuron down: a scalar, to be added to the loss.
+
+    ::
 
         strength / B Σ_b max(0, (1 / N) Σ_i ζ[b,i] − threshold)²,    ζ[b,i] = Σ_t S[t,b,i]
 

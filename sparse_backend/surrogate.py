@@ -143,7 +143,9 @@ def mass_of_b_th(spike_grad: SpikeGrad, b_th: float) -> float:
     if math.isinf(b_th):
         return 1.0
     x, below = _mass(spike_grad)
-    return float(below[min(int(torch.searchsorted(x, b_th)), len(x) - 1)]) / _total(below)
+    place = min(max(int(torch.searchsorted(x, b_th)), 1), len(x) - 1)
+    share = min(max(math.log(b_th / float(x[place - 1])) * _PER_DECADE / math.log(10), 0.0), 1.0)
+    return float(torch.lerp(below[place - 1], below[place], share)) / _total(below)
 
 
 def b_th_of_mass(spike_grad: SpikeGrad, mass: float = AUTO_MASS) -> float:

@@ -208,14 +208,6 @@ def test_the_twin_of_the_sum_makes_nothing_as_large_either():
     assert torch.equal(total, spk.to_dense().detach().sum(0))
 
 
-@pytest.mark.parametrize("shape", [(6, 2, 3, 4), (6, 2, 3, 4, 5)])
-def test_spikes_of_convolutional_layers_as_events(shape):
-    spk = spikes(shape, 0.2, 5)
-    for form in ("events", "list of events"):
-        x = FORMS[form](spk)
-        assert torch.equal(losses._sum(x), spk.sum(0))
-
-
 def test_a_stack_of_steps_keeps_what_learns():
     """Some learn, some are constant, one has not a single active entry; graded and plain."""
     spk, _ = layer()

@@ -304,3 +304,17 @@ def test_probing_does_not_depend_on_or_change_grad_mode():
         known = surrogate.inspect(fast_sigmoid(4))  # the first call of a model may be an evaluation
     assert known.problem is None
     assert known.auto_b_th == pytest.approx(19 / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("slope", [1.0, 25.0, 100.0])
+@pytest.mark.parametrize("b_th", [0.01, 0.2, 3.0])
+def test_mass_inside_a_band(slope, b_th):
+    kept = slope * b_th / (1 + slope * b_th)
+    assert surrogate.mass_of_b_th(fast_sigmoid(slope), b_th) == pytest.approx(kept, rel=1e-4)
+    assert surrogate.b_th_of_mass(fast_sigmoid(slope), kept) == pytest.approx(b_th, rel=2e-3)
+
+
+def test_mass_where_there_is_no_end_to_it():
+    assert surrogate.mass_of_b_th(fast_sigmoid(25.0), INF) == surrogate.mass_of_b_th(straight_through(), INF) == 1
+    assert surrogate.mass_of_b_th(straight_through(), 5.0) == 0
+    assert surrogate.mass_of_b_th(fast_sigmoid(25.0), 1e12) == pytest.approx(1)

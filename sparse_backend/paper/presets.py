@@ -56,7 +56,7 @@ class Preset:
         return cls(**{**given, "b_th": given["b_th"] if given["b_th"] == "auto" else float(given["b_th"])})
 
 
-_FMNIST = Preset("fmnist", steps=100, epochs=100, lr=1e-3, initial="normal")
+_FMNIST = Preset("fmnist", steps=100, epochs=100, lr=2e-4, initial="normal")
 _SHD = Preset("shd", steps=500, epochs=200, lr=1e-3, pool="max")
 _ALL = ("steps", "lr", "epochs", "hidden", "batch", "initial", "pool")
 
@@ -64,7 +64,7 @@ PRESETS: dict[str, Preset] = {
     "fmnist": _FMNIST,
     "fmnist-deep": dataclasses.replace(_FMNIST, hidden=(300,) * 5),
     "fmnist-conv": dataclasses.replace(_FMNIST, hidden=(), net="conv", chosen=("lr", "initial")),
-    "nmnist": Preset("nmnist", steps=300, epochs=100, lr=1e-3),
+    "nmnist": Preset("nmnist", steps=300, epochs=100, lr=2e-4),
     "shd": _SHD,
     "shd-sum": dataclasses.replace(_SHD, hidden=(400, 400), pool="sum"),
     "digits": Preset("digits", steps=100, epochs=40, lr=2e-3, initial="normal", chosen=_ALL),

@@ -103,6 +103,10 @@ def said(row: dict[str, Any]) -> str:
     )
 
 
+class Disagreement(ValueError):
+    """Stock and enabled do not compute the same."""
+
+
 class Side(NamedTuple):
     """A network with the input it takes."""
 
@@ -120,7 +124,7 @@ def compare(trainer: Trainer) -> dict[str, Any]:
     """Stock against enabled on one training batch, with the trained weights: dense input for stock, events for ours.
 
     Raises:
-        RuntimeError: the two do not agree, so that no time of theirs may be compared.
+        Disagreement: forward or gradients differ, so that no time of theirs may be compared.
     """
     preset = trainer.experiment.preset
     x, labels = trainer.data.train.batch(torch.arange(min(preset.batch, len(trainer.data.train))))
@@ -199,8 +203,8 @@ def _agree(trainer: Trainer, sides: dict[str, Side], loss: Callable[[Side], Tens
         if value.any()
     )
     if min(same, worst) < SAME:
-        raise RuntimeError(
-            f"{trainer.experiment.id}: a share of {SAME} of the readout's values and a gradient cosine of {SAME} must be "
-            f"reached against stock before anything is timed, got {same:.4f} and {worst:.4f}: "
+        raise Disagreement(
+            f"{trainer.experiment.id}: before anything is timed, a share of {SAME} of the readout's values must agree "
+            f"with stock and gradients must reach a cosine of {SAME}, got {same:.4f} and {worst:.4f}: "
             "please report this, with the output of python -m sparse_backend doctor"
         )

@@ -69,7 +69,13 @@ def events_sum(
     columns: int,
     steps: int,
 ) -> Tensor:
-    return scatter(row_ptr, indices, values, columns, handle.dtype).view(steps, -1, columns).sum(0)
+    rows, cols, span = positions(row_ptr, indices)
+    size = row_ptr[1:].view(steps, -1).shape[1]  # rows of a block
+    wide = torch.promote_types(handle.dtype, torch.float32)  # half precision is rounded once
+    total = torch.zeros(size * columns, dtype=wide, device=indices.device)
+    added = torch.ones_like(rows, dtype=wide) if values is None else values[span].to(wide)
+    total.index_add_(0, rows % max(size, 1) * columns + cols, added)
+    return total.view(size, columns).to(handle.dtype)
 
 
 def events_gather(dense: Tensor, row_ptr: Tensor, indices: Tensor) -> Tensor:
