@@ -410,7 +410,7 @@ OPTIONS = [
 
 
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
-@pytest.mark.parametrize(("options", "reason"), OPTIONS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("options", "reason"), OPTIONS, ids=["-".join(options) for options, _ in OPTIONS])
 def test_every_option_is_accelerated_or_the_frameworks_own(options, reason):
     options = {"beta": 0.9, "spike_grad": fast_sigmoid(5.0), **options}
     x = normal((6, 3, 8), 1, torch.float32, 1.2)
