@@ -57,6 +57,7 @@ class Preset:
 
 
 _FMNIST = Preset("fmnist", steps=100, epochs=100, lr=2e-4, initial="normal")
+_NMNIST = Preset("nmnist", steps=300, epochs=100, lr=2e-4)
 _SHD = Preset("shd", steps=500, epochs=200, lr=1e-3, pool="max")
 _ALL = ("steps", "lr", "epochs", "hidden", "batch", "initial", "pool")
 
@@ -64,9 +65,12 @@ PRESETS: dict[str, Preset] = {
     "fmnist": _FMNIST,
     "fmnist-deep": dataclasses.replace(_FMNIST, hidden=(300,) * 5),
     "fmnist-conv": dataclasses.replace(_FMNIST, hidden=(), net="conv", chosen=("lr", "initial")),
-    "nmnist": Preset("nmnist", steps=300, epochs=100, lr=2e-4),
+    "nmnist": _NMNIST,
+    "nmnist-part": dataclasses.replace(  # few recordings: more steps of a larger rate
+        _NMNIST, epochs=40, lr=1e-3, batch=64, chosen=("lr", "epochs", "batch")
+    ),
     "shd": _SHD,
     "shd-sum": dataclasses.replace(_SHD, hidden=(400, 400), pool="sum"),
     "digits": Preset("digits", steps=100, epochs=40, lr=2e-3, initial="normal", chosen=_ALL),
-    "spoken": dataclasses.replace(_SHD, dataset="spoken", epochs=60, pool="sum", chosen=_ALL),
+    "spoken": dataclasses.replace(_SHD, dataset="spoken", epochs=30, batch=128, pool="sum", chosen=_ALL),
 }

@@ -1,0 +1,70 @@
+"""Neuromorphic-MNIST (Orchard et al. 2015): MNIST's digits as a moving event camera saw them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .files import AGAIN, directory_of, members
+from .recordings import EventSet, Recordings
+
+SIDE = 34  # pixels
+WHOLE = (60_000, 10_000)  # recordings of the official training and test set
+
+
+def load_nmnist(
+    directory: str | Path, steps: int = 300, dt_us: float = 1000.0, polarity: Literal["merge", "both"] = "merge"
+) -> EventSet:
+    """The official ``Train.zip`` and ``Test.zip``, or the folders ``Train`` and ``Test`` unpacked from them.
+
+    A file ``Train/<digit>/<id>.bin`` is a recording of about 300 ms, 5 bytes an event: x, y, one bit of polarity (1:
+    brighter) and 23 bits of time in µs, the most significant first. Archives may hold a part of the recordings only.
+
+    Args:
+        directory: where they are.
+        steps: T; events at or after ``steps · dt_us`` are left out.
+        dt_us: a step in µs.
+        polarity: "merge" puts both polarities of a pixel on one input, 34 · 34 = 1156, as the paper has it; "both"
+            gives them one each: input ``p · 1156 + y · 34 + x``.
+
+    Raises:
+        FileNotFoundError: the folder, an archive or its recordings are not there.
+        ValueError: a file is damaged or not a recording, or an argument is not one of the above.
+    """
+    if polarity not in ("merge", "both"):
+        raise ValueError(f"polarity must be 'merge' or 'both', got {polarity!r}")
+    if not dt_us > 0:
+        raise ValueError(f"dt_us must be above 0, got {dt_us}")
+    root = directory_of(directory)
+    units = SIDE * SIDE * (2 if polarity == "both" else 1)
+    parts = []
+    for name in ("Train", "Test"):
+        samples, labels = [], []
+        for path, content in members(root, name, ".bin"):
+            digit = Path(path).parent.name
+            if digit not in "0123456789" or len(digit) != 1:
+                raise ValueError(f"{path}: a folder named by its digit, 0 to 9, expected, got {digit!r}")
+            labels.append(int(digit))
+            samples.append(_events(path, content, dt_us, polarity == "both"))
+        parts.append(Recordings.from_samples(samples, labels, steps, units))
+    counts = (len(parts[0]), len(parts[1]))
+    note = "" if counts == WHOLE else f"{counts[0]:,} of 60,000 training and {counts[1]:,} of 10,000 test recordings"
+    return EventSet("N-MNIST", parts[0], parts[1], classes=10, note=note)
+
+
+def _events(path: str, content: bytes, dt_us: float, both: bool) -> tuple[Tensor, Tensor]:
+    """Steps and inputs of a recording's events."""
+    if not content or len(content) % 5:
+        raise ValueError(f"{path}: events of 5 bytes each expected, got {len(content)} bytes: {AGAIN}")
+    x, y, high, middle, low = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 5).long().unbind(1)
+    for name, place in (("x", x), ("y", y)):
+        if int(place.max()) >= SIDE:
+            raise ValueError(
+                f"{path}: {name} must lie in 0..{SIDE - 1}, got {int(place.max())}: this is no N-MNIST recording"
+            )
+    time = ((high & 0x7F) << 16) | (middle << 8) | low
+    unit = y * SIDE + x + (high >> 7) * SIDE * SIDE * both
+    return torch.div(time.double(), dt_us, rounding_mode="floor").long(), unit
