@@ -20,13 +20,14 @@ CHANNELS, CLASSES = 700, 20
 def load_shd(directory: str | Path, steps: int = 500, dt_ms: float = 2.0) -> EventSet:
     """``shd_train.h5`` and ``shd_test.h5``, each plain or with ``.gz``, in their official layout.
 
-    ``spikes/times`` holds an array of seconds for each recording, ``spikes/units`` one of channels 0..699, ``labels`` the
-    classes 0..19: ten digits in English and ten in German.
+    ``spikes/times`` holds an array of seconds for each recording, ``spikes/units`` one of channels 0..699, ``labels``
+    the classes 0..19: ten digits in English and ten in German.
 
     Args:
         directory: where they are.
-        steps: T; events at or after ``steps · dt_ms`` are left out. The longest recordings last 1.37 s, and little happens
-            after the first second, which the default covers; ``note`` says what share of the events is left out.
+        steps: T; events at or after ``steps · dt_ms`` are left out. The longest recordings last 1.37 s, and little
+            happens after the first second, which the default covers; ``note`` says what share of the events is left
+            out.
         dt_ms: a step in ms.
 
     Raises:

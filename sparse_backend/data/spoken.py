@@ -2,10 +2,10 @@
 
 The recordings are those of the Free Spoken Digit Dataset: digits 0 to 9 in English, six speakers, 8 kHz. The ear is a
 simple one. The power of 32 ms windows, one every step of 2 ms, goes through 700 Gaussian filters whose centres are
-evenly spaced on the ERB scale between 60 and 3800 Hz and whose widths are one equivalent rectangular bandwidth (Glasberg &
-Moore 1990). In each channel the level, in dB below the recording's loudest, drives a leaky neuron of 10 ms from 0 at
-−60 dB to twice the mean threshold at 0 dB; it is reset to 0 where it spikes. Thresholds differ from channel to channel
-by up to a quarter, drawn from the seed, so that neighbours do not spike together.
+evenly spaced on the ERB scale between 60 and 3800 Hz and whose widths are one equivalent rectangular bandwidth
+(Glasberg & Moore 1990). In each channel the level, in dB below the recording's loudest, drives a leaky neuron of 10 ms
+from 0 at −60 dB to twice the mean threshold at 0 dB; it is reset to 0 where it spikes. Thresholds differ from channel
+to channel by up to a quarter, drawn from the seed, so that neighbours do not spike together.
 """
 
 from __future__ import annotations
