@@ -10,9 +10,11 @@ from torch import Tensor
 from sparse_backend import policy
 from sparse_backend.deferred import DeferredCurrent, WeightHub, is_finite
 from sparse_backend.events import EventTensor
+from sparse_backend.reference.linear_leaky import sums_dtype
 from sparse_backend.surrogate import SpikeGrad, inspect
 
 _FLOATS = (torch.float32, torch.float64)
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 def check_tensors(optional: tuple[str, ...] = (), **tensors: Any) -> None:
@@ -23,8 +25,8 @@ def check_tensors(optional: tuple[str, ...] = (), **tensors: Any) -> None:
 
 
 def check_like(like: Tensor, **others: Tensor | None) -> None:
-    """All float32 or float64 as `like`, and on its device."""
-    if like.dtype not in _FLOATS:
+    """All float32 or float64 as `like`, and on its device; half or bfloat16 too on CUDA."""
+    if like.dtype not in _FLOATS and not (like.device.type == "cuda" and like.dtype in _NARROW):
         raise TypeError(f"weight: expected float32 or float64, got {like.dtype}")
     for name, other in others.items():
         if other is None:
@@ -77,8 +79,16 @@ def per_neuron(name: str, value: float | Tensor, like: Tensor, neurons: int) -> 
     return tensor.reshape(neurons).contiguous()
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Half and bfloat16 on CUDA as float32, the dtype of states and sums there; any other tensor as it is."""
+    return tensor.float() if tensor.is_cuda and tensor.dtype in _NARROW else tensor
+
+
 def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | DeferredCurrent:
-    """The current x W^T + b of a sequence [T, B, M], deferred where x is sparse enough."""
+    """The current x W^T + b of a sequence [T, B, M], deferred where x is sparse enough.
+
+    It is float32 where the weight is half or bfloat16, to which autocast on CUDA casts a float32 one.
+    """
     check_tensors(("bias",), x=x, weight=weight, bias=bias)
     if x.dim() != 3:
         raise ValueError(f"x: expected [T, B, M], got {list(x.shape)}")
@@ -90,13 +100,35 @@ def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None)
     check_like(weight, bias=bias)
     if x.device != weight.device:
         raise ValueError(f"x: expected on {weight.device} as weight, got {x.device}. Move it: x.to({weight.device})")
-    if type(x) is not EventTensor and x.is_floating_point() and x.dtype != weight.dtype:
+    autocast = weight.is_cuda and weight.dtype != torch.float64 and torch.is_autocast_enabled("cuda")
+    fits = x.dtype == weight.dtype or (autocast and x.dtype in (torch.float32, *_NARROW))
+    if type(x) is not EventTensor and x.is_floating_point() and not fits:
         raise TypeError(f"x: expected {weight.dtype} as weight, got {x.dtype}")
-    events = EventTensor.from_dense(x).to(weight.dtype)
+    if autocast:
+        weight = weight.to(torch.get_autocast_dtype("cuda"))
+    events = EventTensor.from_dense(x)
+    events = events.to(weight.dtype) if weight.dtype in _FLOATS else _with_float_values(events)
     if events.density > policy.MAX_INPUT or not is_finite(weight):
-        dense = events.to_dense() if type(x) is EventTensor else x.to(weight.dtype)
-        return torch.nn.functional.linear(dense, weight, bias)
-    return DeferredCurrent(events, WeightHub(weight, None if bias is None else bias.contiguous(), None, 0))
+        dense = events.to_dense() if type(x) is EventTensor else x
+        return torch.nn.functional.linear(dense.to(weight.dtype), weight, bias).to(sums_dtype(weight))
+    return DeferredCurrent(events, WeightHub(weight, None if bias is None else widened(bias).contiguous(), None, 0))
+
+
+def _with_float_values(events: EventTensor) -> EventTensor:
+    """The same events, their values float32; whatever gradients arrive at keeps its dtype."""
+    if events.values is None or events.values.dtype == torch.float32:
+        return events
+    return EventTensor(
+        events.shape,
+        events.row_ptr,
+        events.indices,
+        events.values.float(),
+        handle=events.handle,
+        active_ptr=events.active_ptr,
+        active_indices=events.active_indices,
+        dtype=torch.float32,
+        check=False,
+    )
 
 
 def given_current(current: Any) -> Tensor:
@@ -104,7 +136,7 @@ def given_current(current: Any) -> Tensor:
     check_tensors(current=current)
     if current.dim() != 3:
         raise ValueError(f"current: expected [T, B, N], got {list(current.shape)}. Flatten what follows the batch")
-    current = current.to_dense() if type(current) is EventTensor else current.contiguous()
+    current = widened(current.to_dense() if type(current) is EventTensor else current.contiguous())
     if current.dtype not in _FLOATS:
         raise TypeError(f"current: expected float32 or float64, got {current.dtype}")
     return current  # type: ignore[no-any-return]

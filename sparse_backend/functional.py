@@ -79,7 +79,8 @@ def linear_leaky(
 
     x: [T, B, M], events or a dense tensor, spikes or any real values; weight: [N, M]; bias: [N]; beta, threshold:
     numbers or tensors of one or N entries; mem: [B, N] before the first step, zeros if None; graded: what a spike is
-    worth. All floating point tensors share one dtype, float32 or float64, and one device.
+    worth. All floating point tensors share one dtype, float32 or float64, and one device. On CUDA x, weight and bias
+    may be half or bfloat16, all others float32 then; autocast there casts the weight.
 
     Gradients reach x (all of it if it is a dense tensor that requires grad, its active entries if it comes from a
     layer of ours), weight, bias, mem, beta, threshold and graded, and are those of ordinary back-propagation with the
@@ -90,7 +91,7 @@ def linear_leaky(
     """
     check_tensors(("mem",), mem=mem)
     current = linear_current(x, weight, bias)
-    return _leaky(current, weight, beta, threshold, spike_grad, b_th, mem, reset, reset_delay, graded, return_mem)
+    return _leaky(current, beta, threshold, spike_grad, b_th, mem, reset, reset_delay, graded, return_mem)
 
 
 def leaky(
@@ -109,12 +110,11 @@ def leaky(
     """Leaky neurons over a sequence of any currents [T, B, N]; arguments, results and errors as `linear_leaky`."""
     check_tensors(("mem",), mem=mem)
     current = given_current(current)
-    return _leaky(current, current, beta, threshold, spike_grad, b_th, mem, reset, reset_delay, graded, return_mem)
+    return _leaky(current, beta, threshold, spike_grad, b_th, mem, reset, reset_delay, graded, return_mem)
 
 
 def _leaky(
     current: Any,
-    like: Tensor,
     beta: float | Tensor,
     threshold: float | Tensor,
     spike_grad: SpikeGrad,
@@ -128,10 +128,10 @@ def _leaky(
     steps, batch, neurons = check_steps(current)
     code = check_reset(reset, RESETS)
     check_state("mem", mem, batch, neurons)
-    beta, threshold = per_neuron("beta", beta, like, neurons), per_neuron("threshold", threshold, like, neurons)
+    beta, threshold = per_neuron("beta", beta, current, neurons), per_neuron("threshold", threshold, current, neurons)
     if graded is not None:
-        graded = per_neuron("graded", graded, like, 1)
-    check_like(like, beta=beta, threshold=threshold, mem=mem, graded=graded)
+        graded = per_neuron("graded", graded, current, 1)
+    check_like(current, beta=beta, threshold=threshold, mem=mem, graded=graded)
     width = check_surrogate(spike_grad, b_th)
     result = run_leaky(
         current,

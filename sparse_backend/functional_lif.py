@@ -34,6 +34,7 @@ from sparse_backend.arguments import (
     given_current,
     linear_current,
     per_neuron,
+    widened,
 )
 from sparse_backend.dynamics import LI, LIF, LIF_RESETS
 from sparse_backend.events import EventTensor
@@ -89,7 +90,7 @@ def linear_lif(
     x, weight, bias: as in `linear_leaky`; mem_gain .. reset_to: numbers or tensors of one or N entries; v, i: [B, N]
     before the first step, leak (or zeros) and zeros if None; recurrent: [N, N] weights from the spikes of the step
     before, which are z, [B, N], at the first step, zeros if None. All floating point tensors share one dtype, float32
-    or float64, and one device.
+    or float64, and one device; on CUDA x and weights may be half or bfloat16, as there.
 
     Gradients reach every tensor given that requires them, and are those of ordinary back-propagation with the surrogate
     masked to |u - threshold| < b_th, in the reset (unless `detached`) and in the recurrence too.
@@ -98,7 +99,7 @@ def linear_lif(
     Source: neurons as norse/torch/functional/lif.py and lif_box.py.
     """
     return _lif(
-        linear_current(x, weight, bias), weight, (mem_gain, syn_decay, leak, threshold, reset_to), reset, detached,
+        linear_current(x, weight, bias), (mem_gain, syn_decay, leak, threshold, reset_to), reset, detached,
         spike_grad, b_th, v, i, recurrent, z, return_states,
     )  # fmt: skip
 
@@ -124,7 +125,7 @@ def lif(
     """The neurons alone, over a sequence of any currents [T, B, N]; the rest as `linear_lif`."""
     current = given_current(current)
     return _lif(
-        current, current, (mem_gain, syn_decay, leak, threshold, reset_to), reset, detached,
+        current, (mem_gain, syn_decay, leak, threshold, reset_to), reset, detached,
         spike_grad, b_th, v, i, recurrent, z, return_states,
     )  # fmt: skip
 
@@ -141,7 +142,7 @@ def linear_li(
     i: Tensor | None = None,
 ) -> LISequence:
     """A linear layer and leaky integrators, `linear_lif` without spikes: the readout of many networks."""
-    return _li(linear_current(x, weight, bias), weight, (mem_gain, syn_decay, leak), v, i)
+    return _li(linear_current(x, weight, bias), (mem_gain, syn_decay, leak), v, i)
 
 
 def li(
@@ -155,11 +156,11 @@ def li(
 ) -> LISequence:
     """Leaky integrators over a sequence of any currents [T, B, N]."""
     current = given_current(current)
-    return _li(current, current, (mem_gain, syn_decay, leak), v, i)
+    return _li(current, (mem_gain, syn_decay, leak), v, i)
 
 
 def _checked(
-    current: Any, like: Tensor, values: tuple[Any, ...], v: Tensor | None, i: Tensor | None
+    current: Any, values: tuple[Any, ...], v: Tensor | None, i: Tensor | None
 ) -> tuple[tuple[int, int, int], list[Any]]:
     """The sequence's sizes, and `values`, the first of LIF's fields, as tensors."""
     shape = check_steps(current)
@@ -169,16 +170,15 @@ def _checked(
     check_state("i", i, batch, neurons)
     named = dict(zip(LIF._fields, values, strict=False))
     tensors = {
-        name: None if value is None and name in ("syn_decay", "leak") else per_neuron(name, value, like, neurons)
+        name: None if value is None and name in ("syn_decay", "leak") else per_neuron(name, value, current, neurons)
         for name, value in named.items()
     }
-    check_like(like, **tensors, v=v, i=i)
+    check_like(current, **tensors, v=v, i=i)
     return shape, list(tensors.values())
 
 
 def _lif(
     current: Any,
-    like: Tensor,
     values: tuple[Any, ...],
     reset: str,
     detached: bool,
@@ -191,7 +191,7 @@ def _lif(
     return_states: bool,
 ) -> LIFSequence:
     code = check_reset(reset, LIF_RESETS)
-    shape, coefficients = _checked(current, like, values, v, i)
+    shape, coefficients = _checked(current, values, v, i)
     _, batch, neurons = shape
     check_tensors(("recurrent", "z"), recurrent=recurrent, z=z)
     if recurrent is not None and recurrent.shape != (neurons, neurons):
@@ -199,7 +199,9 @@ def _lif(
     if z is not None and recurrent is None:
         raise ValueError("z: expected None without recurrent weights, got a tensor")
     check_state("z", z, batch, neurons)
-    check_like(like, recurrent=recurrent, z=z)
+    if recurrent is not None:
+        recurrent = widened(recurrent)
+    check_like(current, recurrent=recurrent, z=z)
     result = run_lif(
         current,
         shape,
@@ -218,7 +220,7 @@ def _lif(
     return LIFSequence(EventTensor.from_dense(result.spikes), *states)
 
 
-def _li(current: Any, like: Tensor, values: tuple[Any, ...], v: Tensor | None, i: Tensor | None) -> LISequence:
-    shape, coefficients = _checked(current, like, values, v, i)
+def _li(current: Any, values: tuple[Any, ...], v: Tensor | None, i: Tensor | None) -> LISequence:
+    shape, coefficients = _checked(current, values, v, i)
     result = run_li(current, shape, LI(*coefficients), v, i)
     return LISequence(result.v_seq, result.v_last, result.i_last)

@@ -199,7 +199,7 @@ def test_the_key_depends_on_nvcc_and_targets(monkeypatch, tmp_path):
 
 
 def test_a_change_to_one_device_is_no_reason_to_build_the_other(tmp_path):
-    for name in ("cpu/a.cpp", "cpu/a.h", "cuda/b.cu", "cuda/b.cuh", "cuda/c.cpp", "include/common.h"):
+    for name in ("cpu/a.cpp", "cpu/a.h", "cuda/b.cu", "cuda/b.cuh", "cuda/c.cpp", "include/common.h", "types.h"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
 
@@ -211,8 +211,10 @@ def test_a_change_to_one_device_is_no_reason_to_build_the_other(tmp_path):
     cpu, cuda = prints()
     (tmp_path / "cuda/b.cuh").write_text("//")
     assert prints()[0] == cpu and prints()[1] != cuda
-    (tmp_path / "include/common.h").write_text("//")
-    assert prints()[0] != cpu
+    for shared in ("include/common.h", "types.h"):
+        before = prints()
+        (tmp_path / shared).write_text("//")
+        assert all(now != then for now, then in zip(prints(), before, strict=True))
     assert [path.name for path in _build.describe_cuda(["sm_90"], tmp_path).sources] == ["b.cu", "c.cpp"]
 
 

@@ -47,7 +47,7 @@ def usages(text: str) -> list[Usage]:
         used = re.search(r"Used (\d+) registers", block)
         shared = re.search(r"(\d+) bytes smem", block)
         stack, stores, loads = map(int, frame.groups())
-        variant = re.match(r"I([a-z]|Li\d+E|Lb\dE)+E", kernel[2])
+        variant = re.match(r"I([a-z]|Li\d+E|Lb\dE|NS_\d+[A-Za-z]+?\d*E)+E", kernel[2])
         label = kernel[1] + (f"<{variant[0][1:-1]}>" if variant else "")
         found.append(Usage(label, arch, int(used[1]), stack, stores + loads, int(shared[1]) if shared else 0))
     return found
@@ -57,8 +57,14 @@ def test_the_report_is_read_right():
     text = """ptxas info    : Compiling entry function '_ZN1x14forward_kernelIfLi1ELb0EEvNS_1aIT_EE' for 'sm_90'
 ptxas info    : Function properties for _ZN1x14forward_kernelIfLi1ELb0EEvNS_1aIT_EE
     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 40 registers, used 1 barriers, 2080 bytes smem"""
-    assert usages(text) == [Usage("forward_kernel<fLi1ELb0E>", "sm_90", 40, 8, 16, 2080)]
+ptxas info    : Used 40 registers, used 1 barriers, 2080 bytes smem
+ptxas info    : Compiling entry function '_ZN1x15currents_kernelIfNS_8BFloat16EEEvNS_1aIT_EE' for 'sm_80'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 39 registers"""
+    assert usages(text) == [
+        Usage("forward_kernel<fLi1ELb0E>", "sm_90", 40, 8, 16, 2080),
+        Usage("currents_kernel<fNS_8BFloat16E>", "sm_80", 39, 0, 0, 0),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -106,8 +106,60 @@ def test_tensors_on_different_devices_are_named():
 
 def test_an_unsupported_dtype_is_named():
     with pytest.raises(RuntimeError, match=r"events_from_dense: expected float32 or float64"):
-        event_ops.events_from_dense(torch.eye(4, device="cuda", dtype=torch.float16), 1.0)
-    assert EventTensor.from_dense(torch.eye(4, device="cuda", dtype=torch.float16)).indices.tolist() == [0, 1, 2, 3]
+        event_ops.events_from_dense(torch.eye(4, device="cuda", dtype=torch.int64), 1.0)
+    assert EventTensor.from_dense(torch.eye(4, device="cuda", dtype=torch.int64)).indices.tolist() == [0, 1, 2, 3]
+
+
+# Half and bfloat16.
+
+NARROW = [torch.float16, torch.bfloat16]
+
+
+def three_layers(stored, dtype, x_dtype, density=0.05, autocast=False):
+    """A leaky layer, a recurrent one and a readout, all numbers such as `stored` holds: outputs, gradients."""
+    drawn = torch.rand(20, 4, 90, generator=generator(0))
+    x = torch.where(drawn < density, drawn / density, 0).to(stored).to(x_dtype).cuda().requires_grad_()
+    sizes = [(70, 90), (70,), (9, 70), (9, 9), (3, 9)]
+    numbers = [normal(size, k, F32, 0.4).to(stored).to(dtype) for k, size in enumerate(sizes)]
+    leaves = [leaf.cuda().requires_grad_() for leaf in numbers]
+    weight, bias, second, recurrent, readout = leaves
+    surrogate = cases.fast_sigmoid(5.0)
+    with torch.autocast("cuda", dtype=stored, enabled=autocast):
+        hidden, mem = F.linear_leaky(x, weight, bias, beta=0.9, threshold=1.0, spike_grad=surrogate, b_th=0.3)
+        lif = F.linear_lif(
+            hidden, second, mem_gain=0.5, syn_decay=0.8, recurrent=recurrent, spike_grad=surrogate, b_th=0.3
+        )
+        li = F.linear_li(lif.spikes, readout, mem_gain=0.1)
+    (li.v.sum() + mem.sum()).backward()
+    outputs = hidden.to_dense(), mem, lif.spikes.to_dense(), li.v
+    assert all(out.dtype == F32 and bool(out.any()) for out in outputs)
+    assert all(leaf.grad.dtype == leaf.dtype and bool(leaf.grad.any()) for leaf in (x, *leaves))
+    return outputs, [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_narrow_weights_are_their_widened_copies(dtype):
+    """Membranes and sums are float32, bit for bit those of the copies; gradients are rounded where they arrive."""
+    (ours, grads), (wide, wide_grads) = three_layers(dtype, dtype, dtype), three_layers(dtype, F32, F32)
+    assert all(torch.equal(one, other) for one, other in zip(ours, wide, strict=True))
+    for one, other in zip(grads, wide_grads, strict=True):
+        rounded = torch.finfo(dtype).eps / 2 * other.abs() + 2e-5 * other.abs().max()  # test_ops' own for float32
+        assert bool(((one.float() - other).abs() <= rounded).all())
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("x_dtype", [F32, *NARROW])
+def test_autocast_on_cuda_casts_the_weight_and_nothing_else(dtype, x_dtype):
+    (ours, _), (narrow, _) = three_layers(dtype, F32, x_dtype, autocast=True), three_layers(dtype, dtype, dtype)
+    if x_dtype in (F32, dtype):  # the other one cannot hold the same input
+        assert all(torch.equal(one, other) for one, other in zip(ours, narrow, strict=True))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_narrow_weights_of_a_dense_input(dtype, autocast):
+    """torch's own linear, rounding its results, and float32 from there on."""
+    three_layers(dtype, F32 if autocast else dtype, dtype, 0.9, autocast)
 
 
 def test_the_dense_regime_can_be_captured():
@@ -196,6 +248,49 @@ def test_out_of_memory_leaves_the_next_call_working():
         torch.cuda.set_per_process_memory_fraction(1.0)
     x, _, _ = leaky_dense_ops.leaky_dense(current, *neuron, None, None, 0, True, cases.INF, True)
     assert free > 0 and torch.equal(x, torch.full_like(x, -1.0))
+
+
+@pytest.mark.parametrize("fails", ["forward", "backward"])
+def test_out_of_memory_in_the_middle_of_a_layer_corrupts_nothing(fails):
+    """Lists half made are dropped: the same call then gives the same bits."""
+    x, leaves = layer(F32, steps=200, batch=64, inputs=700, neurons=500)
+    events = EventTensor.from_dense(x)
+
+    def run(between=lambda: None):
+        for leaf in leaves[:2]:
+            leaf.grad = None
+        spikes, mem = F.linear_leaky(
+            events, *leaves[:2], beta=0.9, threshold=1.0, spike_grad=cases.fast_sigmoid(5.0), b_th=0.3
+        )
+        between()
+        (spikes.to_dense().square().sum() + mem.sum()).backward()
+        return [spikes.to_dense().detach(), mem.detach(), *(leaf.grad for leaf in leaves[:2])]
+
+    def no_more_memory():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + (2 << 20)) / total)
+
+    expected = run()
+    before = [leaf.detach().clone() for leaf in leaves]
+    try:
+        with pytest.raises(RuntimeError):  # torch's own, or what its stable ABI makes of it
+            if fails == "forward":
+                no_more_memory()
+            run(no_more_memory)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert all(torch.equal(leaf, copy) for leaf, copy in zip(leaves, before, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(run(), expected, strict=True))
+
+
+def test_more_events_than_an_index_counts_are_named():
+    if torch.cuda.mem_get_info()[0] < 6 << 30:
+        pytest.skip("needs 6 GB of free GPU memory")
+    dense = torch.ones(1 << 16, (1 << 15) + 5, dtype=torch.bool, device="cuda")
+    with pytest.raises(RuntimeError, match=r"events: expected fewer than 2\*\*31, got more"):
+        event_ops.events_from_dense(dense, 1.0)
 
 
 def test_more_entries_than_an_index_counts():

@@ -16,11 +16,14 @@ from helpers import dyadic, generator, normal
 from test_ops import *  # noqa: F403
 
 from sparse_backend import _build, arguments
+from sparse_backend.dynamics import LIF_RESETS
 from sparse_backend.ops import event_linear as event_linear_ops
 from sparse_backend.ops import events as event_ops
 from sparse_backend.ops import hub as hub_ops
 from sparse_backend.ops import leaky as leaky_ops
+from sparse_backend.ops import lif as lif_ops
 from sparse_backend.ops import linear_leaky as linear_leaky_ops
+from sparse_backend.ops import linear_lif as linear_lif_ops
 from sparse_backend.ops.leaky import LeakyOutput
 from sparse_backend.reference import events as event_twins
 from sparse_backend.reference import leaky as leaky_twins
@@ -208,6 +211,38 @@ def test_room_fades_when_the_busiest_layer_is_gone():
             out = LeakyOutput(*leaky_ops.leaky(torch.full(shape, -9.0), *neuron, *cases.options("none")))
         rooms.append(out.active_indices.numel())
     assert rooms[0] == 4 * 1505 and rooms[1:] == sorted(rooms[1:], reverse=True) and rooms[-1] < 0.8 * rooms[0]
+
+
+MANY = 1 << 31
+NEURON = (torch.tensor(0.5), torch.tensor(1.0))
+LIF_NEURON = (torch.tensor(0.5), None, None, torch.tensor(1.0), torch.tensor(0.0), None, None, None, None)
+LIF_OPTIONS = (LIF_RESETS["value"], False, 0.5, False, False, False, False, 1.0)
+OPTIONS, SIZES = cases.options(), (MANY // 2, 2)
+
+
+def many_rows():
+    ptr, none = torch.zeros(1, dtype=torch.int32).expand(MANY + 1), torch.zeros(0, dtype=torch.int32)
+    return ptr, none, None, None, None, None, torch.ones(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("events_from_dense", lambda: event_ops.events_from_dense(torch.zeros(1, 1).expand(MANY, 1), 1.0)),
+        ("events_from_dense", lambda: event_ops.events_from_dense(torch.zeros(1, 1).expand(MANY // 2, 256), 1.0)),
+        ("leaky", lambda: leaky_ops.leaky(torch.zeros(1, 1, 1).expand(MANY, 1, 1), *NEURON, None, None, *OPTIONS)),
+        ("linear_leaky", lambda: linear_leaky_ops.linear_leaky(*many_rows(), None, *NEURON, None, None, None, 0, *SIZES,
+                                                               *OPTIONS)),
+        ("lif", lambda: lif_ops.lif(torch.zeros(1, 1, 1).expand(MANY, 1, 1), *LIF_NEURON, *LIF_OPTIONS)),
+        ("linear_lif", lambda: linear_lif_ops.linear_lif(*many_rows(), None, None, 0, *SIZES, *LIF_NEURON,
+                                                         *LIF_OPTIONS)),
+    ],
+    ids=["rows of a dense input", "words of a dense input", "leaky", "linear_leaky", "lif", "linear_lif"],
+)  # fmt: skip
+def test_more_rows_than_can_be_counted_are_named(name, run):
+    """Before anything is allocated: what is given here is one entry, repeated."""
+    with pytest.raises(RuntimeError, match=rf"{name}: expected fewer than 2\*\*31 rows and 2\*\*32 words .* Split"):
+        run()
 
 
 # Captures: room is fixed beforehand, lists are longer than what they hold.

@@ -1,41 +1,16 @@
 // What the CPU ops share between torch's stable ABI and the kernels: checked pointers, padded copies, tasks.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <cstdint>
 #include <limits>
 #include <memory>
-#include <optional>
 #include <vector>
 
+#include "../torch_types.h"
 #include "sparse_backend/buffer.h"
 #include "sparse_backend/params.h"
 
 namespace sparse_backend {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-template <typename T>
-constexpr ScalarType scalar_type();
-template <>
-constexpr ScalarType scalar_type<float>() {
-    return ScalarType::Float;
-}
-template <>
-constexpr ScalarType scalar_type<double>() {
-    return ScalarType::Double;
-}
-template <>
-constexpr ScalarType scalar_type<int32_t>() {
-    return ScalarType::Int;
-}
 
 template <typename T>
 const T* pointer(const Tensor& tensor, const char* name) {
@@ -52,10 +27,6 @@ const T* pointer(const MaybeTensor& tensor, const char* name) {
 template <typename T>
 T* output(const Tensor& tensor) {
     return static_cast<T*>(tensor.data_ptr());
-}
-
-inline MaybeTensor contiguous(const MaybeTensor& tensor) {
-    return tensor.has_value() ? MaybeTensor(torch::stable::contiguous(*tensor)) : tensor;
 }
 
 inline Rows rows(const MaybeTensor& row_ptr, const MaybeTensor& indices) {
@@ -88,16 +59,6 @@ inline void check_events(const Tensor& row_ptr, const Tensor& indices, int64_t n
 #endif
 }
 
-inline void check_steps(int64_t n_rows, int64_t steps) {
-    STD_TORCH_CHECK(steps > 0 && n_rows % steps == 0, "steps: expected a number that divides the ", n_rows,
-                    " rows, got ", steps);
-}
-
-inline void check_state(const MaybeTensor& state, int64_t batch, int64_t neurons, const char* name) {
-    STD_TORCH_CHECK(!state.has_value() || (state->dim() == 2 && state->size(0) == batch && state->size(1) == neurons),
-                    name, ": expected [", batch, ", ", neurons, "]");
-}
-
 // A parameter of one or N entries as padded(N) entries.
 template <typename T>
 std::vector<T> per_neuron(const Tensor& tensor, int64_t neurons, T padding, const char* name) {
@@ -121,13 +82,6 @@ void transpose(const T* from, int64_t n_rows, int64_t columns, int64_t row_strid
                     for (int64_t r = r0; r < std::min(r0 + tile, n_rows); ++r)
                         to[c * to_stride + r] = from[r * row_stride + c * column_stride];
     });
-}
-
-// Whether `bytes` from a tensor's first entry on lie in its storage.
-inline bool reaches(const Tensor& tensor, int64_t bytes) {
-    int64_t in_storage = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &in_storage));
-    return tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) + bytes <= in_storage;
 }
 
 // A weight [N, M] as kernels want it: a row per input, padded(N) apart. Taken as it is where it already lies so, which
@@ -209,16 +163,5 @@ inline int64_t prefix(const int32_t* counts, int64_t blocks, int64_t n_rows, int
     }
     return total;
 }
-
-#define SPARSE_BACKEND_DISPATCH(tensor, name, ...)                                                            \
-    [&] {                                                                                                     \
-        if ((tensor).scalar_type() == ScalarType::Float) {                                                    \
-            using scalar_t = float;                                                                           \
-            return __VA_ARGS__();                                                                             \
-        }                                                                                                     \
-        STD_TORCH_CHECK((tensor).scalar_type() == ScalarType::Double, name, ": expected float32 or float64"); \
-        using scalar_t = double;                                                                              \
-        return __VA_ARGS__();                                                                                 \
-    }()
 
 }  // namespace sparse_backend

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "sparse_backend/params.h"
+#include "launch.h"
 
 namespace sparse_backend {
 
@@ -19,6 +19,12 @@ using Global = T*;
 template <typename T>
 __device__ __forceinline__ T* span(T* from, int64_t at, int) {
     return from + at;
+}
+
+__device__ __forceinline__ float half_to_float(uint16_t bits) {
+    float number;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(bits));
+    return number;
 }
 #endif
 
@@ -42,6 +48,33 @@ __device__ __forceinline__ unsigned below(int lane) {  // the lanes before this 
     return (1u << lane) - 1u;
 }
 
+// A number as it is calculated with.
+template <typename T>
+__device__ __forceinline__ T widen(T number) {
+    return number;
+}
+__device__ __forceinline__ float widen(Half number) {
+    return half_to_float(number.bits);
+}
+__device__ __forceinline__ float widen(BFloat16 number) {
+    const uint32_t bits = uint32_t{number.bits} << 16;
+    float widened;
+    __builtin_memcpy(&widened, &bits, sizeof bits);
+    return widened;
+}
+
+// What no kernel writes meanwhile.
+template <typename T>
+__device__ __forceinline__ T load(const T* from) {
+    return __ldg(from);
+}
+__device__ __forceinline__ Half load(const Half* from) {
+    return {__ldg(&from->bits)};
+}
+__device__ __forceinline__ BFloat16 load(const BFloat16* from) {
+    return {__ldg(&from->bits)};
+}
+
 // What one thread loads at once.
 template <typename T>
 struct Pack {
@@ -63,7 +96,7 @@ template <typename T>
 __device__ __forceinline__ Pack<T> load_part(Global<const T> from, int64_t at, int64_t n) {
     Pack<T> out;
 #pragma unroll
-    for (int k = 0; k < Pack<T>::width; ++k) out.v[k] = k < n ? __ldg(&from[at + k]) : T(0);
+    for (int k = 0; k < Pack<T>::width; ++k) out.v[k] = k < n ? load(&from[at + k]) : T{};
     return out;
 }
 

@@ -9,13 +9,13 @@ namespace {
 
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
+// D: what is read; T: values beside it, of dtype `type` and, but for bytes, of its size.
 template <typename D, typename T>
-Triple compact(const Tensor& dense, int64_t n_rows, int64_t columns, double max_density) {
+Triple compact(const Tensor& dense, ScalarType type, int64_t n_rows, int64_t columns, double max_density) {
     const Device on(dense, "dense");
     const int64_t entries = n_rows * columns, words = words_of(columns);
-    check_size(n_rows, columns, "events_from_dense");
     if (entries == 0) {
-        return {on.zeros<int32_t>({n_rows + 1}), on.ints({0}), on.make<T>({0})};
+        return {on.zeros<int32_t>({n_rows + 1}), on.ints({0}), on.make({0}, type)};
     }
     STD_TORCH_CHECK(!on.capturing(),
                     "events_from_dense: expected a stream that is not captured into a graph, since the "
@@ -40,18 +40,18 @@ Triple compact(const Tensor& dense, int64_t n_rows, int64_t columns, double max_
     on.check(fetch(told, counts, sizeof told, on.stream()));
     const int64_t nnz = told[1];
     if (nnz > static_cast<int64_t>(max_density * static_cast<double>(entries)))
-        return {on.ints({0}), on.ints({0}), on.make<T>({0})};
+        return {on.ints({0}), on.ints({0}), on.make({0}, type)};
     STD_TORCH_CHECK(nnz <= std::numeric_limits<int32_t>::max(),
                     "events: expected fewer than 2**31, got more. Split the batch");
     const bool ones = told[2] == 0;
-    Tensor row_ptr = on.ints({n_rows + 1}), indices = on.ints({nnz}), values = on.make<T>({ones ? 0 : nnz});
+    Tensor row_ptr = on.ints({n_rows + 1}), indices = on.ints({nnz}), values = on.make({ones ? 0 : nnz}, type);
     list.capacity = nnz;
     list.row_ptr = on.write<int32_t>(row_ptr), list.indices = on.write<int32_t>(indices);
     if (!ones) {
-        if constexpr (std::is_same_v<D, T>) {
-            list.from[0] = data;
-        } else {
+        if constexpr (std::is_same_v<D, uint8_t>) {
             list.from_bytes = data;
+        } else {
+            list.from[0] = reinterpret_cast<const T*>(data);
         }
         list.to[0] = on.write<T>(values);
     }
@@ -60,14 +60,19 @@ Triple compact(const Tensor& dense, int64_t n_rows, int64_t columns, double max_
 }
 
 Triple events_from_dense(const Tensor& given, double max_density) {
-    const Tensor dense = torch::stable::contiguous(given);
-    const int64_t columns = dense.size(dense.dim() - 1);
+    const int64_t columns = given.size(given.dim() - 1);
     int64_t n_rows = 1;
-    for (int64_t d = 0; d + 1 < dense.dim(); ++d) n_rows *= dense.size(d);
-    if (dense.scalar_type() == ScalarType::Bool || dense.scalar_type() == ScalarType::Byte)
-        return compact<uint8_t, float>(dense, n_rows, columns, max_density);
-    return SPARSE_BACKEND_DISPATCH(dense, "events_from_dense",
-                                   [&] { return compact<scalar_t, scalar_t>(dense, n_rows, columns, max_density); });
+    for (int64_t d = 0; d + 1 < given.dim(); ++d) n_rows *= given.size(d);
+    check_size(n_rows, columns, "events_from_dense");
+    const Tensor dense = torch::stable::contiguous(given);
+    const ScalarType type = dense.scalar_type();
+    if (type == ScalarType::Bool || type == ScalarType::Byte)
+        return compact<uint8_t, float>(dense, ScalarType::Float, n_rows, columns, max_density);
+    if (type == ScalarType::Half) return compact<Half, uint16_t>(dense, type, n_rows, columns, max_density);
+    if (type == ScalarType::BFloat16) return compact<BFloat16, uint16_t>(dense, type, n_rows, columns, max_density);
+    return SPARSE_BACKEND_DISPATCH(dense, "events_from_dense", [&] {
+        return compact<scalar_t, scalar_t>(dense, type, n_rows, columns, max_density);
+    });
 }
 
 Tensor events_to_dense(const Tensor& handle, const Tensor& row_ptr, const Tensor& indices, MaybeTensor values,

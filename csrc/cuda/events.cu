@@ -1,7 +1,6 @@
 // Between dense tensors, bits and lists of events. Stream compaction without atomics on lists: bits, their counts, and
 // sums of counts give every event its place, whatever the order in which blocks run.
 #include "device.cuh"
-#include "launch.h"
 
 namespace sparse_backend {
 namespace {
@@ -14,7 +13,7 @@ constexpr int kPerThread = static_cast<int>(kTileWords) / kThreads;
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     mark_nonzero_kernel(const T* dense_, int64_t rows, int64_t columns, uint32_t* bits_, int32_t* not_one_) {
-    constexpr int kAhead = sizeof(T) == 1 ? 8 : 4;  // words whose loads are in flight together
+    constexpr int kAhead = sizeof(T) <= 2 ? 8 : 4;  // words whose loads are in flight together
     const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kLanes;
     if (row >= rows) return;
     const int lane = lane_id();
@@ -27,13 +26,14 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
             const int64_t column = (w0 + k) * 32 + lane;
-            value[k] = column < columns ? __ldg(&dense[column]) : T(0);
+            value[k] = column < columns ? load(&dense[column]) : T{};
         }
         uint32_t mine = 0;
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
-            const bool event = value[k] != T(0);
-            other |= event && value[k] != T(1);
+            const auto number = widen(value[k]);
+            const bool event = number != 0;
+            other |= event && number != 1;
             const uint32_t word = __ballot_sync(kWarp, event);
             if (lane == k) mine = word;
         }
@@ -370,11 +370,18 @@ int gather(const T* dense, int64_t dense_rows, int64_t columns, const Rows& rows
 
 template int mark_nonzero(const float*, int64_t, int64_t, uint32_t*, int32_t*, Stream);
 template int mark_nonzero(const double*, int64_t, int64_t, uint32_t*, int32_t*, Stream);
+template int mark_nonzero(const Half*, int64_t, int64_t, uint32_t*, int32_t*, Stream);
+template int mark_nonzero(const BFloat16*, int64_t, int64_t, uint32_t*, int32_t*, Stream);
 template int mark_nonzero(const uint8_t*, int64_t, int64_t, uint32_t*, int32_t*, Stream);
+#define SPARSE_BACKEND_INSTANTIATE(T)                      \
+    template int count(const Emissions<T>&, int, Stream);  \
+    template int totals(const Emissions<T>&, int, Stream); \
+    template int emit(const Emissions<T>&, int, Stream);
+SPARSE_BACKEND_INSTANTIATE(float)
+SPARSE_BACKEND_INSTANTIATE(double)
+SPARSE_BACKEND_INSTANTIATE(uint16_t)
+#undef SPARSE_BACKEND_INSTANTIATE
 #define SPARSE_BACKEND_INSTANTIATE(T)                                                \
-    template int count(const Emissions<T>&, int, Stream);                            \
-    template int totals(const Emissions<T>&, int, Stream);                           \
-    template int emit(const Emissions<T>&, int, Stream);                             \
     template int seal(const Emissions<T>&, int, Stream);                             \
     template int scatter(const Events<T>&, int64_t, int64_t, T*, Stream);            \
     template int sum_steps(const Events<T>&, int64_t, int64_t, int64_t, T*, Stream); \

@@ -28,6 +28,12 @@ void add_rows(const Device& on, const T* delta, int64_t n_rows, int64_t neurons,
     on.check(sum_rows(on.write<T>(parts), blocks, neurons, int64_t{1}, to, true, on.stream()));
 }
 
+// delta [R, N] x weight [N, M], a product in the weight's dtype: what goes to an input of 16 bits has no more.
+inline Tensor dense_input_gradient(const Tensor& delta, const Tensor& weight) {
+    const ScalarType type = weight.scalar_type();
+    return torch::stable::matmul(delta.scalar_type() == type ? delta : torch::stable::to(delta, type), weight);
+}
+
 // The weight's gradient, gathered over blocks of rows of delta.
 template <typename T>
 class WeightGradient {

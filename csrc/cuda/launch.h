@@ -23,6 +23,22 @@ SPARSE_BACKEND_BOTH constexpr int64_t words_of(int64_t columns) {
     return (columns + 31) / 32;
 }
 
+// Numbers of 16 bits as they lie in memory. Kernels widen them to float, in which alone they calculate.
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+// A weight laid out for events, its numbers those of the sums it goes into, or 16 bits beside sums in float.
+enum class Storage { kOfSums, kHalf, kBFloat16 };
+struct StoredWeight {
+    const void* data = nullptr;  // [M, stride]
+    int64_t stride = 0;
+    Storage storage = Storage::kOfSums;
+};
+
 // A parameter of one entry or one per neuron.
 template <typename T>
 struct PerNeuron {
@@ -42,11 +58,11 @@ int fetch(void* host, const void* device, int64_t bytes, Stream stream);  // wai
 // ---- bits and events (events.cu) ----
 
 // bits [rows, words] of the nonzero entries of dense [rows, columns]; `not_one` becomes 1 where one of them is not 1.
-template <typename T>  // float, double, uint8_t
+template <typename T>  // float, double, Half, BFloat16, uint8_t
 int mark_nonzero(const T* dense, int64_t rows, int64_t columns, uint32_t* bits, int32_t* not_one, Stream stream);
 
 // One list of events to be made of bits. Entries past `capacity` are counted, not written; no row reaches past it.
-template <typename T>
+template <typename T>  // float, double, or uint16_t: values are copied as they are
 struct Emission {
     const uint32_t* bits = nullptr;  // [rows, words]
     int64_t rows = 0;
@@ -110,19 +126,19 @@ int gather(const T* dense, int64_t dense_rows, int64_t columns, const Rows& rows
 // ---- linear (linear.cu) ----
 
 // to [columns, padded(rows)] = from^T, padding zero
-template <typename T>
+template <typename T>  // float, double, or uint16_t for any 16 bits
 int transpose(const T* from, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, T* to,
               Stream stream);
 
 // current [rows, neurons] = bias + sum of weight rows, of rows first .. first + rows of the events
 template <typename T>
-int currents(const Events<T>& input, int64_t first, int64_t rows, const Weight<T>& weight, const T* bias,
+int currents(const Events<T>& input, int64_t first, int64_t rows, const StoredWeight& weight, const T* bias,
              int64_t neurons, T* current, Stream stream);
 
 // grad[e - row_ptr[0]] = weight row of entry e . delta of its row, of rows first .. first + rows. delta: [rows,
 // neurons]
 template <typename T>
-int input_gradient(const T* delta, int64_t neurons, const Weight<T>& weight, const Rows& wanted, int64_t first,
+int input_gradient(const T* delta, int64_t neurons, const StoredWeight& weight, const Rows& wanted, int64_t first,
                    int64_t rows, T* grad, Stream stream);
 
 // Events by column: bits [columns, segments], segment s holds rows first + 32 s .. of it

@@ -2,18 +2,10 @@
 // 32 neurons, whose spikes and active entries are ballots. Specification: sparse_backend/reference/leaky.py.
 //
 // A step hangs on the one before by a dozen instructions, its loads do not: they are issued kAhead steps early.
-#include "device.cuh"
-#include "launch.h"
+#include "scan.cuh"
 
 namespace sparse_backend {
 namespace {
-
-constexpr int kThreads = 64;  // small blocks spread few samples over all multiprocessors
-
-template <typename T>
-__device__ __forceinline__ T of_neuron(const PerNeuron<T>& parameter, int64_t j) {
-    return __ldg(&in(parameter.data)[j * parameter.stride]);
-}
 
 template <typename T>
 __device__ __forceinline__ T second_reset(T v, T jump, bool fires, bool r) {
@@ -23,16 +15,13 @@ __device__ __forceinline__ T second_reset(T v, T jump, bool fires, bool r) {
 }
 
 template <typename T, int RESET, bool DOUBLE, bool KEEP_P>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ ForwardScan<T> a) {
+__global__ void __launch_bounds__(kScanThreads) forward_kernel(const __grid_constant__ ForwardScan<T> a) {
     constexpr int kAhead = 8;
-    const int64_t words = words_of(a.neurons);
-    const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kLanes;
-    const int64_t sample = warp / words, word = warp - sample * words;
-    if (sample >= a.batch) return;
+    const Place place(a);
+    if (!place.in_batch) return;
     const int lane = lane_id();
-    const int64_t j = word * kLanes + lane;
-    const bool real = j < a.neurons;
-    const int64_t at = sample * a.neurons + j, step = a.batch * a.neurons;
+    const bool real = place.real;
+    const int64_t j = place.j, at = place.at, step = a.batch * a.neurons, words = words_of(a.neurons);
     const Global<const T> current(a.current);
     const Global<T> x_out(a.x), p_out(a.p), mem_seq(a.mem_seq);
     const Global<uint32_t> spikes(a.spikes), active(a.active), resets(a.resets);
@@ -83,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
         }
         const int64_t t = t0 + lane;
         if (lane < kAhead && t < a.steps) {
-            const int64_t to = (t * a.batch + sample) * words + word;
+            const int64_t to = (t * a.batch + place.sample) * words + place.word;
             spikes[to] = spike_word;
             active[to] = active_word;
             if (t < a.reset_steps) resets[to] = reset_word;
@@ -103,16 +92,13 @@ struct Bits {
 };
 
 template <typename T, int RESET, bool DOUBLE>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ BackwardScan<T> a) {
+__global__ void __launch_bounds__(kScanThreads) backward_kernel(const __grid_constant__ BackwardScan<T> a) {
     constexpr int kAhead = 4;
-    const int64_t words = words_of(a.neurons);
-    const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kLanes;
-    const int64_t sample = warp / words, word = warp - sample * words;
-    if (sample >= a.batch) return;
+    const Place place(a);
+    if (!place.in_batch || !place.real) return;  // no lane needs another here
     const int lane = lane_id();
-    const int64_t j = word * kLanes + lane;
-    if (j >= a.neurons) return;  // no lane needs another here
-    const int64_t at = sample * a.neurons + j, step = a.batch * a.neurons;
+    const int64_t j = place.j, at = place.at, step = a.batch * a.neurons, words = words_of(a.neurons);
+    const int64_t word = place.sample * words + place.word;  // of the bits of one step
     const Global<const uint32_t> active(a.active), spikes(a.spikes), resets(a.resets);
     const Global<const int32_t> active_offset(a.active_offset);
     const Global<const T> grad_x(a.grad_x), p(a.p), grad_mem_seq(a.grad_mem_seq), mem_seq(a.mem_seq), mem(a.mem);
@@ -124,14 +110,14 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
         Bits<T> got;
         const int64_t t = a.first_step + a.steps - 1 - s;
         if (s >= a.steps) return got;
-        const int64_t row = (t * a.batch + sample) * words + word;
+        const int64_t row = t * a.batch * words + word;
         got.active = __ldg(&active[row]);
         got.offset = __ldg(&active_offset[row]);
         if (RESET != kNone && spikes) {
             if (a.reset_delay && t > 0)
                 got.r = __ldg(&spikes[row - a.batch * words]);
             else if (resets)
-                got.r = __ldg(&resets[a.reset_delay ? sample * words + word : row]);
+                got.r = __ldg(&resets[a.reset_delay ? word : row]);
             if (DOUBLE) got.spikes = __ldg(&spikes[row]);
         }
         return got;
@@ -219,9 +205,9 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
 // ---- every entry active: a thread per neuron of a sample, no bits ----
 
 template <typename T, int RESET, bool DOUBLE>
-__global__ void __launch_bounds__(kThreads) dense_forward_kernel(const __grid_constant__ DenseForwardScan<T> a) {
+__global__ void __launch_bounds__(kScanThreads) dense_forward_kernel(const __grid_constant__ DenseForwardScan<T> a) {
     constexpr int kAhead = 8;
-    const int64_t step = a.batch * a.neurons, at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    const int64_t step = a.batch * a.neurons, at = int64_t{blockIdx.x} * kScanThreads + threadIdx.x;
     if (at >= step) return;
     const int64_t j = at % a.neurons;
     const Global<const T> current(a.current);
@@ -258,9 +244,9 @@ __global__ void __launch_bounds__(kThreads) dense_forward_kernel(const __grid_co
 }
 
 template <typename T, int RESET, bool DOUBLE>
-__global__ void __launch_bounds__(kThreads) dense_backward_kernel(const __grid_constant__ DenseBackwardScan<T> a) {
+__global__ void __launch_bounds__(kScanThreads) dense_backward_kernel(const __grid_constant__ DenseBackwardScan<T> a) {
     constexpr int kAhead = 4;
-    const int64_t step = a.batch * a.neurons, at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    const int64_t step = a.batch * a.neurons, at = int64_t{blockIdx.x} * kScanThreads + threadIdx.x;
     if (at >= step) return;
     const int64_t j = at % a.neurons;
     const Global<const T> grad_x(a.grad_x), grad_mem_seq(a.grad_mem_seq), x_in(a.x), g(a.g), mem_seq(a.mem_seq);
@@ -351,38 +337,37 @@ int with_rule(int reset, bool reset_delay, Run&& run) {
 
 template <typename T>
 int leaky_forward(const ForwardScan<T>& a, Stream stream) {
-    const dim3 grid(blocks_for(a.batch * words_of(a.neurons) * kLanes, kThreads));
     return with_rule(a.reset, a.reset_delay, [&](auto rule) {
         using R = decltype(rule);
-        if (a.p != nullptr) return launch(forward_kernel<T, R::reset, R::twice, true>, grid, kThreads, stream, a);
-        return launch(forward_kernel<T, R::reset, R::twice, false>, grid, kThreads, stream, a);
+        if (a.p != nullptr)
+            return launch(forward_kernel<T, R::reset, R::twice, true>, scan_grid(a), kScanThreads, stream, a);
+        return launch(forward_kernel<T, R::reset, R::twice, false>, scan_grid(a), kScanThreads, stream, a);
     });
 }
 
 template <typename T>
 int leaky_backward(const BackwardScan<T>& a, Stream stream) {
-    const dim3 grid(blocks_for(a.batch * words_of(a.neurons) * kLanes, kThreads));
     return with_rule(a.reset, a.reset_delay, [&](auto rule) {
         using R = decltype(rule);
-        return launch(backward_kernel<T, R::reset, R::twice>, grid, kThreads, stream, a);
+        return launch(backward_kernel<T, R::reset, R::twice>, scan_grid(a), kScanThreads, stream, a);
     });
 }
 
 template <typename T>
 int leaky_dense_forward(const DenseForwardScan<T>& a, Stream stream) {
-    const dim3 grid(blocks_for(a.batch * a.neurons, kThreads));
+    const dim3 grid(blocks_for(a.batch * a.neurons, kScanThreads));
     return with_rule(a.reset, a.reset_delay, [&](auto rule) {
         using R = decltype(rule);
-        return launch(dense_forward_kernel<T, R::reset, R::twice>, grid, kThreads, stream, a);
+        return launch(dense_forward_kernel<T, R::reset, R::twice>, grid, kScanThreads, stream, a);
     });
 }
 
 template <typename T>
 int leaky_dense_backward(const DenseBackwardScan<T>& a, Stream stream) {
-    const dim3 grid(blocks_for(a.batch * a.neurons, kThreads));
+    const dim3 grid(blocks_for(a.batch * a.neurons, kScanThreads));
     return with_rule(a.reset, a.reset_delay, [&](auto rule) {
         using R = decltype(rule);
-        return launch(dense_backward_kernel<T, R::reset, R::twice>, grid, kThreads, stream, a);
+        return launch(dense_backward_kernel<T, R::reset, R::twice>, grid, kScanThreads, stream, a);
     });
 }
 

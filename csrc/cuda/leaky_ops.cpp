@@ -36,7 +36,6 @@ template <typename T, typename CurrentOf>
 LeakyResult forward(const Device& on, const Request& ask, CurrentOf&& current_of) {
     const int64_t steps = ask.steps, batch = ask.batch, neurons = ask.neurons;
     const int64_t n_rows = steps * batch, entries = n_rows * neurons;
-    check_size(n_rows, neurons, "leaky");
     check_state(ask.mem, batch, neurons, "mem");
     const T* const mem_given = on.read<T>(ask.mem, "mem");
     ForwardScan<T> scan{};
@@ -95,6 +94,7 @@ LeakyResult forward(const Device& on, const Request& ask, CurrentOf&& current_of
 LeakyResult leaky(const Tensor& given, const Tensor& beta, const Tensor& threshold, MaybeTensor mem, MaybeTensor,
                   int64_t reset, bool reset_delay, double b_th, bool cover_spikes, bool keep_mem, bool keep_reset,
                   bool keep_p, double max_active) {
+    check_size(given.size(0) * given.size(1), given.size(2), "leaky");
     const Tensor current = torch::stable::contiguous(given);
     return SPARSE_BACKEND_DISPATCH(current, "leaky", [&] {
         const Device on(current, "current");
@@ -113,7 +113,8 @@ LeakyResult linear_leaky(const Tensor& row_ptr, const Tensor& indices, MaybeTens
                          int64_t batch, int64_t reset, bool reset_delay, double b_th, bool cover_spikes, bool keep_mem,
                          bool keep_reset, bool keep_p, double max_active) {
     check_events(row_ptr, steps * batch, "input events");
-    return SPARSE_BACKEND_DISPATCH(weight, "linear_leaky", [&] {
+    check_size(steps * batch, weight.size(0), "linear_leaky");
+    return SPARSE_BACKEND_DISPATCH(beta, "linear_leaky", [&] {
         const Device on(weight, "weight");
         const int64_t neurons = weight.size(0);
         const PaddedWeight<scalar_t> padded_weight(on, weight);
@@ -248,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_leaky_backward
     const Tensor& threshold, int64_t steps, int64_t batch, int64_t reset, bool reset_delay, int64_t, int64_t need_input,
     bool need_weight, bool need_bias, bool need_mem, bool need_beta, bool need_threshold) {
     using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-    return SPARSE_BACKEND_DISPATCH(weight, "linear_leaky_backward", [&]() -> Grads {
+    return SPARSE_BACKEND_DISPATCH(beta, "linear_leaky_backward", [&]() -> Grads {
         using T = scalar_t;
         const Device on(active_ptr, "active_ptr");
         const int64_t neurons = weight.size(0), inputs = weight.size(1), n_rows = steps * batch;
@@ -280,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_leaky_backward
                                                        on.write<T>(grad_input), on.stream()));
                            of_weight.add(first, here, delta_data);
                        });
-        if (need_input == 2) grad_input = torch::stable::matmul(delta, weight);
+        if (need_input == 2) grad_input = dense_input_gradient(delta, weight);
         return {grad_input, of_weight.deliver(need_weight), grads.bias, grads.mem, grads.beta, grads.threshold};
     });
 }
@@ -290,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_leaky_backward
 Tensor event_linear(const Tensor& row_ptr, const Tensor& indices, MaybeTensor values, MaybeTensor, MaybeTensor,
                     MaybeTensor, const Tensor& weight, MaybeTensor bias, MaybeTensor, int64_t) {
     const int64_t n_rows = row_ptr.numel() - 1, neurons = weight.size(0);
-    return SPARSE_BACKEND_DISPATCH(weight, "event_linear", [&] {
+    return SPARSE_BACKEND_DISPATCH_TYPE(sums_type(weight), "event_linear", [&] {
         const Device on(weight, "weight");
         Tensor current = on.make<scalar_t>({n_rows, neurons});
         if (current.numel() == 0) return current;
@@ -328,7 +329,7 @@ std::tuple<Tensor, Tensor, Tensor> event_linear_backward(const Tensor& given, co
                 on.check(input_gradient(d, neurons, padded_weight.get(), rows(on, active_ptr, active_indices),
                                         int64_t{0}, n_rows, on.write<T>(grad_input), on.stream()));
         } else if (need_input == 2) {
-            grad_input = torch::stable::matmul(delta, weight);
+            grad_input = dense_input_gradient(delta, weight);
         }
         const int64_t chunk = std::max<int64_t>(rows_in_cache<T>(on, n_rows, neurons), 1);
         WeightGradient<T> of_weight(on, need_weight, events<T>(on, row_ptr, indices, values), inputs, neurons, chunk);

@@ -1,20 +1,13 @@
 // The two-state neuron over a chunk of steps: a thread per neuron of a sample, v and i in registers, as in leaky.cu.
 // Recurrent layers need a sample's spikes before its next step: there a block walks one sample, and its states lie in
 // memory. Specification: sparse_backend/reference/lif.py.
-#include "device.cuh"
-#include "launch.h"
+#include "scan.cuh"
 
 namespace sparse_backend {
 namespace {
 
-constexpr int kThreads = 64;
 constexpr int kBlockThreads = 256;  // of a block that walks a sample
 constexpr int kBlockWarps = kBlockThreads / kLanes;
-
-template <typename T>
-__device__ __forceinline__ T of_neuron(const PerNeuron<T>& parameter, int64_t j) {
-    return parameter.data == nullptr ? T(0) : __ldg(&in(parameter.data)[j * parameter.stride]);
-}
 
 template <typename T>
 struct Coefficients {
@@ -62,16 +55,13 @@ __device__ __forceinline__ void keep(const LifForwardScan<T>& a, const Step<T>& 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ LifForwardScan<T> a) {
+__global__ void __launch_bounds__(kScanThreads) forward_kernel(const __grid_constant__ LifForwardScan<T> a) {
     constexpr int kAhead = 8;
-    const int64_t words = words_of(a.neurons);
-    const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kLanes;
-    const int64_t sample = warp / words, word = warp - sample * words;
-    if (sample >= a.batch) return;
+    const Place place(a);
+    if (!place.in_batch) return;
     const int lane = lane_id();
-    const int64_t j = word * kLanes + lane;
-    const bool real = j < a.neurons;
-    const int64_t at = sample * a.neurons + j, step = a.batch * a.neurons;
+    const bool real = place.real;
+    const int64_t j = place.j, at = place.at, step = a.batch * a.neurons, words = words_of(a.neurons);
     const Global<const T> current(a.current);
     const Coefficients<T> c = coefficients<T>(a, a.leak, real ? j : 0);
     T v = !real ? T(0) : a.v_before != nullptr ? in(a.v_before)[at] : c.leak;
@@ -101,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
         }
         const int64_t t = t0 + lane;
         if (lane < kAhead && t < a.steps) {
-            const int64_t to = (t * a.batch + sample) * words + word;
+            const int64_t to = (t * a.batch + place.sample) * words + place.word;
             if (a.spikes != nullptr) out(a.spikes)[to] = spike_word;
             if (a.active != nullptr) out(a.active)[to] = active_word;
         }
@@ -276,16 +266,13 @@ __device__ __forceinline__ Values<T> fetch_values(const LifBackwardScan<T>& a, c
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ LifBackwardScan<T> a) {
+__global__ void __launch_bounds__(kScanThreads) backward_kernel(const __grid_constant__ LifBackwardScan<T> a) {
     constexpr int kAhead = sizeof(T) == 4 ? 4 : 2;
-    const int64_t words = words_of(a.neurons);
-    const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kLanes;
-    const int64_t sample = warp / words, word = warp;  // of the bits of one step
-    if (sample >= a.batch) return;
+    const Place place(a);
+    if (!place.in_batch || !place.real) return;  // no lane needs another here
     const int lane = lane_id();
-    const int64_t j = (warp - sample * words) * kLanes + lane;
-    if (j >= a.neurons) return;  // no lane needs another here
-    const int64_t at = sample * a.neurons + j, step = a.batch * a.neurons, last = a.first_step + a.steps - 1;
+    const int64_t j = place.j, at = place.at, step = a.batch * a.neurons, last = a.first_step + a.steps - 1;
+    const int64_t word = place.sample * words_of(a.neurons) + place.word;  // of the bits of one step
     const Global<T> delta_out(a.delta);
     const Coefficients<T> c = coefficients<T>(a, {}, j);
     State<T> state = load_state(a, at);
@@ -368,16 +355,14 @@ template <typename T>
 int lif_forward(const LifForwardScan<T>& a, Stream stream) {
     if (a.fired != nullptr)
         return launch(recurrent_forward_kernel<T>, dim3(static_cast<unsigned>(a.batch)), kBlockThreads, stream, a);
-    return launch(forward_kernel<T>, dim3(blocks_for(a.batch * words_of(a.neurons) * kLanes, kThreads)), kThreads,
-                  stream, a);
+    return launch(forward_kernel<T>, scan_grid(a), kScanThreads, stream, a);
 }
 
 template <typename T>
 int lif_backward(const LifBackwardScan<T>& a, Stream stream) {
     if (a.back != nullptr)
         return launch(recurrent_backward_kernel<T>, dim3(static_cast<unsigned>(a.batch)), kBlockThreads, stream, a);
-    return launch(backward_kernel<T>, dim3(blocks_for(a.batch * words_of(a.neurons) * kLanes, kThreads)), kThreads,
-                  stream, a);
+    return launch(backward_kernel<T>, scan_grid(a), kScanThreads, stream, a);
 }
 
 template int lif_forward(const LifForwardScan<float>&, Stream);

@@ -37,7 +37,6 @@ template <typename T, typename CurrentOf>
 LifResult forward(const Device& on, int64_t steps, int64_t batch, int64_t neurons, LifNeuron& neuron,
                   CurrentOf&& current_of) {
     const int64_t n_rows = steps * batch, step = batch * neurons;
-    check_size(n_rows, neurons, "lif");
     LifForwardScan<T> scan{};
     scan.batch = batch, scan.neurons = neurons;
     scan.mem_gain = per_neuron<T>(on, neuron.mem_gain, neurons, "mem_gain");
@@ -54,7 +53,7 @@ LifResult forward(const Device& on, int64_t steps, int64_t batch, int64_t neuron
     if (is_recurrent) {
         STD_TORCH_CHECK(neuron.recurrent->size(0) == neurons && neuron.recurrent->size(1) == neurons,
                         "recurrent: expected [", neurons, ", ", neurons, "]");
-        scan.recurrent = recurrent.emplace(on, *neuron.recurrent).get();
+        scan.recurrent = recurrent.emplace(on, *neuron.recurrent).of_sums();
     }
     const auto sequence = [&](bool wanted) {
         return on.make<T>(wanted ? std::vector<int64_t>{steps, batch, neurons} : std::vector<int64_t>{0});
@@ -131,6 +130,7 @@ LifResult lif(const Tensor& given, const Tensor& mem_gain, MaybeTensor syn_decay
               const Tensor& threshold, const Tensor& reset_to, MaybeTensor v, MaybeTensor i, MaybeTensor recurrent,
               MaybeTensor, int64_t reset, bool, double b_th, bool dense, bool keep_states, bool keep_drive,
               bool keep_inflow, double max_active) {
+    check_size(given.size(0) * given.size(1), given.size(2), "lif");
     const Tensor current = torch::stable::contiguous(given);
     LifNeuron neuron{mem_gain, syn_decay, leak,  threshold,   reset_to,   v,           i,         recurrent,
                      reset,    b_th,      dense, keep_states, keep_drive, keep_inflow, max_active};
@@ -151,9 +151,10 @@ LifResult linear_lif(const Tensor& row_ptr, const Tensor& indices, MaybeTensor v
                      MaybeTensor recurrent, MaybeTensor, int64_t reset, bool, double b_th, bool dense, bool keep_states,
                      bool keep_drive, bool keep_inflow, double max_active) {
     check_events(row_ptr, steps * batch, "input events");
+    check_size(steps * batch, weight.size(0), "linear_lif");
     LifNeuron neuron{mem_gain, syn_decay, leak,  threshold,   reset_to,   v,           i,         recurrent,
                      reset,    b_th,      dense, keep_states, keep_drive, keep_inflow, max_active};
-    return SPARSE_BACKEND_DISPATCH(weight, "linear_lif", [&] {
+    return SPARSE_BACKEND_DISPATCH(mem_gain, "linear_lif", [&] {
         const Device on(weight, "weight");
         const int64_t neurons = weight.size(0);
         const PaddedWeight<scalar_t> padded_weight(on, weight);
@@ -258,7 +259,7 @@ std::vector<Tensor> adjoint(const Device& on, LifSaved& saved, bool need_bias, i
         if (saved.spike_ptr.has_value()) a.spikes = add(saved.spike_ptr, saved.spike_indices, nullptr);
         if (n_lists > 0) on.check(locate(lists, n_lists, neurons, on.stream()));
         if (comes_back) {
-            a.recurrent = recurrent.emplace(on, *saved.recurrent).get();
+            a.recurrent = recurrent.emplace(on, *saved.recurrent).of_sums();
             a.back = on.write<T>(kept.emplace_back(per_sample(true)));
         }
     }
@@ -331,7 +332,7 @@ LinearLifGrads linear_lif_backward(const Tensor& row_ptr, const Tensor& indices,
                    spike_ptr, spike_indices, active_ptr,  active_indices, drive,      inflow, mem_gain,
                    syn_decay, threshold,     reset_to,    recurrent,      steps,      batch,  neurons,
                    leaks,     reset,         detached,    b_th,           dense,      needs};
-    return SPARSE_BACKEND_DISPATCH(weight, "linear_lif_backward", [&]() -> LinearLifGrads {
+    return SPARSE_BACKEND_DISPATCH(mem_gain, "linear_lif_backward", [&]() -> LinearLifGrads {
         using T = scalar_t;
         const Device on(mem_gain, "mem_gain");
         const int64_t inputs = weight.size(1), n_rows = steps * batch;
@@ -357,7 +358,7 @@ LinearLifGrads linear_lif_backward(const Tensor& row_ptr, const Tensor& indices,
                                         on.write<T>(grad_input), on.stream()));
             of_weight.add(first, here, delta_data);
         });
-        if (need_input == 2) grad_input = torch::stable::matmul(delta, weight);
+        if (need_input == 2) grad_input = dense_input_gradient(delta, weight);
         return {grad_input, of_weight.deliver(need_weight),
                 grads[8],   grads[0],
                 grads[1],   grads[2],

@@ -1,7 +1,6 @@
 // What events cost: rows of a transposed weight gathered for currents and for the input's gradient, rows of delta
 // gathered for the weight's. Sums are taken in one order by one owner: no float atomics.
 #include "device.cuh"
-#include "launch.h"
 
 namespace sparse_backend {
 namespace {
@@ -13,6 +12,9 @@ constexpr int kGroups = kThreads / kGroup;
 
 template <typename T>
 constexpr int kSlice = kGroup * Pack<T>::width;  // columns of one group
+
+template <typename T, typename W>
+constexpr int kPieces = Pack<W>::width / Pack<T>::width;  // packs of sums to a pack of weights
 
 // to[c, r] = from[r, c], tile by tile through shared memory; columns of `to` past `rows` are zero.
 template <typename T>
@@ -37,43 +39,53 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // A group per row and slice of columns; blockIdx.y is the slice, so that all blocks in flight share one slice of the
 // weight, which then stays in the first-level caches.
-template <typename T>
+template <typename T, typename W>
 __global__ void __launch_bounds__(kThreads, 4)
-    currents_kernel(const Events<T> input, int64_t first, int64_t rows, const Weight<T> weight, const T* bias_,
+    currents_kernel(const Events<T> input, int64_t first, int64_t rows, const Weight<W> weight, const T* bias_,
                     int64_t neurons, T* current_, bool aligned) {
     constexpr int kAhead = 4;
     using P = Pack<T>;
     const int64_t row = int64_t{blockIdx.x} * kGroups + threadIdx.x / kGroup;
-    const int64_t column = int64_t{blockIdx.y} * kSlice<T> + threadIdx.x % kGroup * P::width;
+    const int64_t column = int64_t{blockIdx.y} * kSlice<W> + threadIdx.x % kGroup * Pack<W>::width;
     if (row >= rows || column >= neurons) return;
     const Global<const int32_t> row_ptr(input.row_ptr), indices(input.indices);
     const Global<const T> values(input.values);
-    const Global<const T> w = in(weight.data) + column;
-    P sum = bias_ != nullptr ? load_part<T>(in(bias_), column, neurons - column) : P{};
+    const Global<const W> w = in(weight.data) + column;
+    P sum[kPieces<T, W>] = {};
+#pragma unroll
+    for (int h = 0; h < kPieces<T, W>; ++h) {
+        const int64_t at = column + h * P::width;
+        if (bias_ != nullptr) sum[h] = load_part<T>(in(bias_), at, neurons - at);
+    }
     const int32_t end = __ldg(&row_ptr[first + row + 1]);
     for (int32_t e0 = __ldg(&row_ptr[first + row]); e0 < end; e0 += kAhead) {
-        P part[kAhead];
+        Pack<W> part[kAhead];
         T value[kAhead];
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
             if (e0 + k >= end) continue;
-            part[k] = load_pack<T>(w, __ldg(&indices[e0 + k]) * weight.stride);
+            part[k] = load_pack<W>(w, __ldg(&indices[e0 + k]) * weight.stride);
             value[k] = values ? __ldg(&values[e0 + k]) : T(1);
         }
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
             if (e0 + k >= end) continue;
 #pragma unroll
-            for (int i = 0; i < P::width; ++i) sum.v[i] += value[k] * part[k].v[i];
+            for (int i = 0; i < Pack<W>::width; ++i)
+                sum[i / P::width].v[i % P::width] += value[k] * widen(part[k].v[i]);
         }
     }
-    store_some<T>(out(current_), row * neurons + column, neurons - column, aligned, sum);
+#pragma unroll
+    for (int h = 0; h < kPieces<T, W>; ++h) {
+        const int64_t at = column + h * P::width;
+        store_some<T>(out(current_), row * neurons + at, neurons - at, aligned, sum[h]);
+    }
 }
 
 // A group per row: for each of its entries, the dot product of a weight row with delta's.
-template <typename T>
+template <typename T, typename W>
 __global__ void __launch_bounds__(kThreads, 4)
-    input_gradient_kernel(const T* delta_, int64_t neurons, const Weight<T> weight, const Rows wanted, int64_t first,
+    input_gradient_kernel(const T* delta_, int64_t neurons, const Weight<W> weight, const Rows wanted, int64_t first,
                           int64_t rows, T* grad_, bool aligned) {
     constexpr int kAtOnce = 2;
     using P = Pack<T>;
@@ -81,7 +93,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (row >= rows) return;
     const int lane = static_cast<int>(threadIdx.x) % kGroup;
     const Global<const int32_t> row_ptr(wanted.row_ptr), indices(wanted.indices);
-    const Global<const T> delta = in(delta_) + row * neurons, w = in(weight.data);
+    const Global<const T> delta = in(delta_) + row * neurons;
+    const Global<const W> w = in(weight.data);
     const Global<T> grad(grad_);
     const int32_t origin = __ldg(&row_ptr[0]), end = __ldg(&row_ptr[first + row + 1]);
     for (int32_t e0 = __ldg(&row_ptr[first + row]); e0 < end; e0 += kAtOnce) {
@@ -92,16 +105,20 @@ __global__ void __launch_bounds__(kThreads, 4)
             at[k] = __ldg(&indices[e0 + k < end ? e0 + k : e0]) * weight.stride;
             sum[k] = T(0);
         }
-        for (int64_t column = lane * P::width; column < neurons; column += kSlice<T>) {
+        for (int64_t column = lane * Pack<W>::width; column < neurons; column += kSlice<W>) {
             const int64_t left = neurons - column;  // the padding of a weight is never looked at
-            const P d = load_some<T>(delta, column, left, aligned);
-            P part[kAtOnce];
+            P d[kPieces<T, W>];
 #pragma unroll
-            for (int k = 0; k < kAtOnce; ++k) part[k] = load_some<T>(w, at[k] + column, left, true);
+            for (int h = 0; h < kPieces<T, W>; ++h)
+                d[h] = load_some<T>(delta, column + h * P::width, left - h * P::width, aligned);
+            Pack<W> part[kAtOnce];
+#pragma unroll
+            for (int k = 0; k < kAtOnce; ++k) part[k] = load_some<W>(w, at[k] + column, left, true);
 #pragma unroll
             for (int k = 0; k < kAtOnce; ++k)
 #pragma unroll
-                for (int i = 0; i < P::width; ++i) sum[k] += part[k].v[i] * d.v[i];
+                for (int i = 0; i < Pack<W>::width; ++i)
+                    sum[k] += widen(part[k].v[i]) * d[i / P::width].v[i % P::width];
         }
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
@@ -274,6 +291,17 @@ bool aligned_rows(const T* data, int64_t columns) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns % Pack<T>::width == 0;
 }
 
+// Calls run(weight) with the type its numbers are stored in.
+template <typename T, typename Run>
+int with_storage(const StoredWeight& weight, Run&& run) {
+    const auto as = [&]<typename W>(W) { return Weight<W>{static_cast<const W*>(weight.data), weight.stride}; };
+    if constexpr (std::is_same_v<T, float>) {
+        if (weight.storage == Storage::kHalf) return run(as(Half{}));
+        if (weight.storage == Storage::kBFloat16) return run(as(BFloat16{}));
+    }
+    return run(as(T{}));
+}
+
 }  // namespace
 
 template <typename T>
@@ -285,17 +313,21 @@ int transpose(const T* from, int64_t rows, int64_t columns, int64_t row_stride, 
 }
 
 template <typename T>
-int currents(const Events<T>& input, int64_t first, int64_t rows, const Weight<T>& weight, const T* bias,
+int currents(const Events<T>& input, int64_t first, int64_t rows, const StoredWeight& weight, const T* bias,
              int64_t neurons, T* current, Stream stream) {
-    return launch(currents_kernel<T>, dim3(blocks_for(rows, kGroups), blocks_for(neurons, kSlice<T>)), kThreads, stream,
-                  input, first, rows, weight, bias, neurons, current, aligned_rows(current, neurons));
+    return with_storage<T>(weight, [&]<typename W>(const Weight<W>& w) {
+        return launch(currents_kernel<T, W>, dim3(blocks_for(rows, kGroups), blocks_for(neurons, kSlice<W>)), kThreads,
+                      stream, input, first, rows, w, bias, neurons, current, aligned_rows(current, neurons));
+    });
 }
 
 template <typename T>
-int input_gradient(const T* delta, int64_t neurons, const Weight<T>& weight, const Rows& wanted, int64_t first,
+int input_gradient(const T* delta, int64_t neurons, const StoredWeight& weight, const Rows& wanted, int64_t first,
                    int64_t rows, T* grad, Stream stream) {
-    return launch(input_gradient_kernel<T>, dim3(blocks_for(rows, kGroups)), kThreads, stream, delta, neurons, weight,
-                  wanted, first, rows, grad, aligned_rows(delta, neurons));
+    return with_storage<T>(weight, [&]<typename W>(const Weight<W>& w) {
+        return launch(input_gradient_kernel<T, W>, dim3(blocks_for(rows, kGroups)), kThreads, stream, delta, neurons, w,
+                      wanted, first, rows, grad, aligned_rows(delta, neurons));
+    });
 }
 
 int transpose_bits(const Rows& events, int64_t first, int64_t rows, int64_t columns, uint32_t* bits, Stream stream) {
@@ -325,10 +357,12 @@ int sum_rows(const T* from, int64_t rows, int64_t columns, int64_t blocks, T* to
                   stream, from, rows, columns, (rows + blocks - 1) / blocks, to, add);
 }
 
+template int transpose(const float*, int64_t, int64_t, int64_t, int64_t, float*, Stream);
+template int transpose(const double*, int64_t, int64_t, int64_t, int64_t, double*, Stream);
+template int transpose(const uint16_t*, int64_t, int64_t, int64_t, int64_t, uint16_t*, Stream);
 #define SPARSE_BACKEND_INSTANTIATE(T)                                                                                 \
-    template int transpose(const T*, int64_t, int64_t, int64_t, int64_t, T*, Stream);                                 \
-    template int currents(const Events<T>&, int64_t, int64_t, const Weight<T>&, const T*, int64_t, T*, Stream);       \
-    template int input_gradient(const T*, int64_t, const Weight<T>&, const Rows&, int64_t, int64_t, T*, Stream);      \
+    template int currents(const Events<T>&, int64_t, int64_t, const StoredWeight&, const T*, int64_t, T*, Stream);    \
+    template int input_gradient(const T*, int64_t, const StoredWeight&, const Rows&, int64_t, int64_t, T*, Stream);   \
     template int weight_gradient(const Events<T>&, const uint32_t*, int64_t, int64_t, int64_t, const T*, int64_t, T*, \
                                  int64_t, Stream);                                                                    \
     template int deliver_weight(const T*, int64_t, int64_t, int64_t, T*, Stream);                                     \

@@ -1,17 +1,13 @@
 // What the CUDA ops share between torch's stable ABI and the launchers: the device, checked pointers, laid-out weights.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <cstdint>
-#include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "../torch_types.h"
 #include "launch.h"
 
 // Where kernels run on the CPU (tests/emulation), these say so, and every buffer an op may touch is made known.
@@ -25,27 +21,12 @@
 
 namespace sparse_backend {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-template <typename T>
-constexpr ScalarType scalar_type();
-template <>
-constexpr ScalarType scalar_type<float>() {
-    return ScalarType::Float;
+// Products with a weight of 16 bits are summed in float, as the neuron's state is float.
+inline bool has_16_bits(ScalarType type) {
+    return type == ScalarType::Half || type == ScalarType::BFloat16;
 }
-template <>
-constexpr ScalarType scalar_type<double>() {
-    return ScalarType::Double;
-}
-template <>
-constexpr ScalarType scalar_type<int32_t>() {
-    return ScalarType::Int;
-}
-template <>
-constexpr ScalarType scalar_type<uint8_t>() {
-    return ScalarType::Byte;
+inline ScalarType sums_type(const Tensor& weight) {
+    return has_16_bits(weight.scalar_type()) ? ScalarType::Float : weight.scalar_type();
 }
 
 inline std::string device_name(const Tensor& tensor) {
@@ -134,10 +115,6 @@ class Device {
     std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
-inline MaybeTensor contiguous(const MaybeTensor& tensor) {
-    return tensor.has_value() ? MaybeTensor(torch::stable::contiguous(*tensor)) : tensor;
-}
-
 inline Rows rows(const Device& on, const MaybeTensor& row_ptr, const MaybeTensor& indices) {
     return {on.read<int32_t>(row_ptr, "row_ptr"), on.read<int32_t>(indices, "indices")};
 }
@@ -154,16 +131,6 @@ Events<T> events(const Device& on, const Tensor& row_ptr, const Tensor& indices,
 inline void check_events(const Tensor& row_ptr, int64_t n_rows, const char* name) {
     STD_TORCH_CHECK(row_ptr.numel() == n_rows + 1, name, ": expected ", n_rows + 1, " row pointers, got ",
                     row_ptr.numel());
-}
-
-inline void check_steps(int64_t n_rows, int64_t steps) {
-    STD_TORCH_CHECK(steps > 0 && n_rows % steps == 0, "steps: expected a number that divides the ", n_rows,
-                    " rows, got ", steps);
-}
-
-inline void check_state(const MaybeTensor& state, int64_t batch, int64_t neurons, const char* name) {
-    STD_TORCH_CHECK(!state.has_value() || (state->dim() == 2 && state->size(0) == batch && state->size(1) == neurons),
-                    name, ": expected [", batch, ", ", neurons, "]");
 }
 
 // Kernels count words of bits in 32 bits.
@@ -187,55 +154,53 @@ const T* read_bias(const Device& on, const MaybeTensor& bias, int64_t neurons) {
     return on.read<T>(bias, "bias");
 }
 
-// Whether `bytes` from a tensor's first entry on lie in its storage.
-inline bool reaches(const Tensor& tensor, int64_t bytes) {
-    int64_t in_storage = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &in_storage));
-    return tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) + bytes <= in_storage;
-}
-
 // A weight [N, M] as kernels want it: a row per input, padded(N) apart, 16-byte aligned. Taken as it is where it
-// already lies so. What stands in the padding is never used.
+// already lies so. What stands in the padding is never used. Beside sums in float it may have 16 bits, and keeps them.
 template <typename T>
 class PaddedWeight {
   public:
     PaddedWeight(const Device& on, const Tensor& weight) {
-        STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == scalar_type<T>(),
+        const ScalarType type = weight.scalar_type();
+        const bool narrow = std::is_same_v<T, float> && has_16_bits(type);
+        STD_TORCH_CHECK(weight.dim() == 2 && (type == scalar_type<T>() || narrow),
                         "weight: expected [N, M] of the other tensors' dtype");
         on.expect_here(weight, "weight");
-        const int64_t neurons = weight.size(0), inputs = weight.size(1), width = padded(neurons);
-        const auto* data = static_cast<const T*>(weight.data_ptr());
         if (weight.numel() == 0) return;
-        const int64_t bytes = inputs * width * static_cast<int64_t>(sizeof(T));
+        if (narrow) {
+            lay_out<uint16_t>(on, weight);
+            view_.storage = type == ScalarType::Half ? Storage::kHalf : Storage::kBFloat16;
+        } else {
+            lay_out<T>(on, weight);
+        }
+    }
+    const StoredWeight& get() const { return view_; }
+    Weight<T> of_sums() const {
+        STD_TORCH_CHECK(view_.storage == Storage::kOfSums, "recurrent: expected the dtype of the state");
+        return {static_cast<const T*>(view_.data), view_.stride};
+    }
+
+  private:
+    template <typename E>  // of the weight's size
+    void lay_out(const Device& on, const Tensor& weight) {
+        const int64_t neurons = weight.size(0), inputs = weight.size(1), width = padded(neurons);
+        const auto* data = static_cast<const E*>(weight.data_ptr());
+        const int64_t bytes = inputs * width * static_cast<int64_t>(sizeof(E));
         if (weight.stride(0) == 1 && weight.stride(1) == width && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
             reaches(weight, bytes)) {
             SPARSE_BACKEND_ANNOUNCE(data, static_cast<size_t>(bytes));
             view_ = {data, width};
             return;
         }
-        SPARSE_BACKEND_ANNOUNCE(data, sizeof(T) * static_cast<size_t>((neurons - 1) * weight.stride(0) +
+        SPARSE_BACKEND_ANNOUNCE(data, sizeof(E) * static_cast<size_t>((neurons - 1) * weight.stride(0) +
                                                                       (inputs - 1) * weight.stride(1) + 1));
-        owned_ = on.make<T>({inputs, width});
-        view_ = {on.write<T>(*owned_), width};
-        on.check(
-            transpose(data, neurons, inputs, weight.stride(0), weight.stride(1), on.write<T>(*owned_), on.stream()));
+        owned_ = on.make({inputs, width}, weight.scalar_type());
+        auto* const to = on.write<E>(*owned_);
+        view_ = {to, width};
+        on.check(transpose(data, neurons, inputs, weight.stride(0), weight.stride(1), to, on.stream()));
     }
-    const Weight<T>& get() const { return view_; }
 
-  private:
     MaybeTensor owned_;
-    Weight<T> view_;
+    StoredWeight view_;
 };
-
-#define SPARSE_BACKEND_DISPATCH(tensor, name, ...)                                                            \
-    [&] {                                                                                                     \
-        if ((tensor).scalar_type() == ScalarType::Float) {                                                    \
-            using scalar_t = float;                                                                           \
-            return __VA_ARGS__();                                                                             \
-        }                                                                                                     \
-        STD_TORCH_CHECK((tensor).scalar_type() == ScalarType::Double, name, ": expected float32 or float64"); \
-        using scalar_t = double;                                                                              \
-        return __VA_ARGS__();                                                                                 \
-    }()
 
 }  // namespace sparse_backend

@@ -28,7 +28,15 @@ def _reference(
 
 def _fake(row_ptr: Tensor, *args: Any) -> Tensor:
     weight = args[5]
-    return weight.new_empty(row_ptr.shape[0] - 1, weight.shape[0])
+    return weight.new_empty(row_ptr.shape[0] - 1, weight.shape[0], dtype=reference.sums_dtype(weight))
+
+
+def fake_input_grad(weight: Tensor, rows: int, active_indices: Tensor | None, need_input: int) -> Tensor:
+    """What a backward returns for the input. weight: [N, M]"""
+    if need_input == 2:
+        return weight.new_empty(rows, weight.shape[1])
+    shape = active_indices.shape if need_input and active_indices is not None else (0,)
+    return weight.new_empty(shape, dtype=reference.sums_dtype(weight))
 
 
 def _backward_fake(
@@ -43,18 +51,16 @@ def _backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    neurons, inputs = weight.shape
-    shape: Any = (0,)
-    if need_input:
-        shape = (delta.shape[0], inputs) if active_indices is None else active_indices.shape
+    neurons = weight.shape[0]
     return (
-        delta.new_empty(shape),
+        fake_input_grad(weight, delta.shape[0], active_indices, need_input),
         delta.new_empty(weight.shape if need_weight else (0,)),
         delta.new_empty((neurons,) if need_bias else (0,)),
     )
 
 
-#: events [R, M], weight [N, M], bias [N] -> currents [R, N]
+#: events [R, M], weight [N, M], bias [N] -> currents [R, N]. The weight may be half or bfloat16 on CUDA, all else is
+#: float32 then: values, bias, currents, gradients (but the dense one of the input)
 event_linear = define(
     "event_linear(Tensor row_ptr, Tensor indices, Tensor? values, Tensor? handle, Tensor? active_ptr,"
     " Tensor? active_indices, Tensor weight, Tensor? bias, Tensor? token, int hub) -> Tensor",

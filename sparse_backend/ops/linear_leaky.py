@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_backend.ops import hub as hubs
 from sparse_backend.ops._library import autograd, define
-from sparse_backend.ops.event_linear import event_linear_backward
+from sparse_backend.ops.event_linear import event_linear_backward, fake_input_grad
 from sparse_backend.ops.leaky import (
     OPTIONS,
     SAVED,
@@ -34,19 +34,18 @@ weight_rule = BY_COUNTS
 
 
 def _fake(*args: Any) -> LeakyOutput:
-    weight, steps, batch, options = args[6], args[14], args[15], args[16:]
-    return fake_output(weight, steps, batch, weight.shape[0], options)
+    weight, beta, steps, batch, options = args[6], args[8], args[14], args[15], args[16:]
+    return fake_output(beta, steps, batch, weight.shape[0], options)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    in_active_indices, weight = args[7], args[8]
+    in_active_indices, weight, beta = args[7], args[8], args[21]
     steps, batch, _, _, _, need_input, *need = args[23:]
     neurons, inputs = weight.shape
     sizes = ((neurons, inputs), (neurons,), (batch, neurons), (neurons,), (neurons,))
-    rows = (0,) if need_input == 0 else in_active_indices.shape if need_input == 1 else (steps * batch, inputs)
     return (
-        weight.new_empty(rows),
-        *(weight.new_empty(size if needed else (0,)) for size, needed in zip(sizes, need, strict=True)),
+        fake_input_grad(weight, steps * batch, in_active_indices, need_input),
+        *(beta.new_empty(size if needed else (0,)) for size, needed in zip(sizes, need, strict=True)),
     )
 
 

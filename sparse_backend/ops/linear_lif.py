@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_backend.ops import hub as hubs
 from sparse_backend.ops._library import autograd, define
-from sparse_backend.ops.event_linear import event_linear_backward
+from sparse_backend.ops.event_linear import event_linear_backward, fake_input_grad
 from sparse_backend.ops.lif import (
     GRADS,
     LEARNING_OUTPUTS,
@@ -42,20 +42,19 @@ EVENTS = (
 
 
 def _fake(*args: Any) -> LIFOutput:
-    weight, steps, batch = args[6], args[10], args[11]
-    return fake_output(weight, steps, batch, weight.shape[0], args[12:])
+    weight, mem_gain, steps, batch = args[6], args[12], args[10], args[11]
+    return fake_output(mem_gain, steps, batch, weight.shape[0], args[12:])
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     in_active_indices, weight, need_input, need_weight, need_bias = args[4:9]
-    (steps, batch, _), needs = args[27:30], args[-1]
-    neurons, inputs = weight.shape
-    rows = (0,) if need_input == 0 else in_active_indices.shape if need_input == 1 else (steps * batch, inputs)
+    mem_gain, (steps, batch, _), needs = args[22], args[27:30], args[-1]
+    neurons = weight.shape[0]
     return (
-        weight.new_empty(rows),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        weight.new_empty((neurons,) if need_bias else (0,)),
-        *fake_neuron_grads(weight, batch, neurons, needs),
+        fake_input_grad(weight, steps * batch, in_active_indices, need_input),
+        mem_gain.new_empty(weight.shape if need_weight else (0,)),
+        mem_gain.new_empty((neurons,) if need_bias else (0,)),
+        *fake_neuron_grads(mem_gain, batch, neurons, needs),
     )
 
 

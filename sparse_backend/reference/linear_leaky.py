@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparse_backend.reference.events import gather, scatter
 from sparse_backend.reference.leaky import leaky, leaky_backward
+
+
+def sums_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that products with a weight are summed in, and that of everything but the weight."""
+    return torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
 
 
 def event_linear(
@@ -16,8 +22,8 @@ def event_linear(
     bias: Tensor | None,  # [N]
 ) -> Tensor:
     """Currents of every row: [R, N] = s W^T + b."""
-    spikes = scatter(row_ptr, indices, values, weight.shape[1], weight.dtype)
-    current = spikes @ weight.t()
+    dtype = sums_dtype(weight)
+    current = scatter(row_ptr, indices, values, weight.shape[1], dtype) @ weight.t().to(dtype)
     return current if bias is None else current + bias
 
 
@@ -33,16 +39,19 @@ def event_linear_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input (0: none, 1: [n_active] where active, 2: dense [R, M]), weight [N, M], bias [N]."""
+    """Gradients of the input (0: none, 1: [n_active] where active, 2: dense [R, M]), weight [N, M], bias [N].
+
+    All have delta's dtype but the dense one, a product in the weight's.
+    """
     none = delta.new_empty(0)
     grad_input, grad_weight = none, none
-    if need_input:
-        grad_input = delta @ weight
-        if need_input == 1:
-            assert active_ptr is not None and active_indices is not None
-            grad_input = gather(grad_input, active_ptr, active_indices)
+    if need_input == 1:
+        assert active_ptr is not None and active_indices is not None
+        grad_input = gather(delta @ weight.to(delta.dtype), active_ptr, active_indices)
+    elif need_input == 2:
+        grad_input = delta.to(weight.dtype) @ weight
     if need_weight:
-        grad_weight = delta.t() @ scatter(row_ptr, indices, values, weight.shape[1], weight.dtype)
+        grad_weight = delta.t() @ scatter(row_ptr, indices, values, weight.shape[1], delta.dtype)
     return grad_input, grad_weight, delta.sum(0) if need_bias else none
 
 

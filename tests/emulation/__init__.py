@@ -36,13 +36,14 @@ OPS = (
 
 def describe() -> _build.Description:
     root = _build.csrc_dir().parent
-    cuda, include = root / "csrc" / "cuda", root / "csrc" / "include"
+    csrc, cuda, include = root / "csrc", root / "csrc" / "cuda", root / "csrc" / "include"
+    headers = (*csrc.glob("*.h"), *cuda.glob("*.cuh"), *cuda.glob("*.h"), *include.rglob("*.h"), *HERE.glob("*.h"))
     cflags, ldflags = _build.flags()
     return _build.Description(
         name=NAMESPACE,
         root=root,
         sources=(*sorted(cuda.glob("*.cu")), *sorted(cuda.glob("*.cpp")), HERE / "controls.cpp"),
-        headers=(*cuda.glob("*.cuh"), *cuda.glob("*.h"), *include.rglob("*.h"), *HERE.glob("*.h")),
+        headers=headers,
         include_dirs=(HERE, include, cuda),
         cflags=(
             *(flag for flag in cflags if flag != "-O3"),

@@ -342,6 +342,13 @@ template <typename T>
 void __stcg(T* to, T value) {
     *to = value;
 }
+inline float half_to_float(uint16_t bits) {  // what one instruction of the device does
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float size = exponent == 31  ? (fraction == 0 ? INFINITY : NAN)
+                       : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                       : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+    return bits >> 15 != 0 ? -size : size;
+}
 inline unsigned atomicOr(unsigned* to, unsigned bits) {
     const unsigned before = *to;
     *to |= bits;

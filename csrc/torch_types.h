@@ -1,0 +1,68 @@
+// What CPU and CUDA ops share of torch's stable ABI: names, checks of sizes, dispatch on dtypes.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace sparse_backend {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+template <typename T>
+constexpr ScalarType scalar_type();
+template <>
+constexpr ScalarType scalar_type<float>() {
+    return ScalarType::Float;
+}
+template <>
+constexpr ScalarType scalar_type<double>() {
+    return ScalarType::Double;
+}
+template <>
+constexpr ScalarType scalar_type<int32_t>() {
+    return ScalarType::Int;
+}
+
+inline MaybeTensor contiguous(const MaybeTensor& tensor) {
+    return tensor.has_value() ? MaybeTensor(torch::stable::contiguous(*tensor)) : tensor;
+}
+
+inline void check_steps(int64_t n_rows, int64_t steps) {
+    STD_TORCH_CHECK(steps > 0 && n_rows % steps == 0, "steps: expected a number that divides the ", n_rows,
+                    " rows, got ", steps);
+}
+
+inline void check_state(const MaybeTensor& state, int64_t batch, int64_t neurons, const char* name) {
+    STD_TORCH_CHECK(!state.has_value() || (state->dim() == 2 && state->size(0) == batch && state->size(1) == neurons),
+                    name, ": expected [", batch, ", ", neurons, "]");
+}
+
+// Whether `bytes` from a tensor's first entry on lie in its storage.
+inline bool reaches(const Tensor& tensor, int64_t bytes) {
+    int64_t in_storage = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &in_storage));
+    return tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) + bytes <= in_storage;
+}
+
+// Calls a function with scalar_t, the type that kernels calculate in.
+#define SPARSE_BACKEND_DISPATCH_TYPE(type, name, ...)                                         \
+    [&] {                                                                                     \
+        if ((type) == ScalarType::Float) {                                                    \
+            using scalar_t = float;                                                           \
+            return __VA_ARGS__();                                                             \
+        }                                                                                     \
+        STD_TORCH_CHECK((type) == ScalarType::Double, name, ": expected float32 or float64"); \
+        using scalar_t = double;                                                              \
+        return __VA_ARGS__();                                                                 \
+    }()
+#define SPARSE_BACKEND_DISPATCH(tensor, name, ...) \
+    SPARSE_BACKEND_DISPATCH_TYPE((tensor).scalar_type(), name, __VA_ARGS__)
+
+}  // namespace sparse_backend
