@@ -7,6 +7,7 @@
 #   make doctest   run the examples in docstrings and documents
 #   make asan      the kernel tests under the address sanitizer
 #   make gpu-test  the CUDA kernels on this machine's GPU; uses $(PYTHON) and what it has, makes no environment
+#   make gpu-bench measure on this machine's GPU, in the same way (BENCH_ARGS="...")
 #   make format    format Python and C++
 #   make clean     remove what the above made, .venv included
 
@@ -23,7 +24,7 @@ BENCH_ARGS ?=
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test demo bench docs doctest asan gpu-test format format-check clean
+.PHONY: help venv lint test demo bench docs doctest asan gpu-test gpu-bench format format-check clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/  \1/p' Makefile
@@ -94,6 +95,10 @@ gpu-test:
 	  $(GPU) PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool \
 	    $(GPU_PYTEST) -q tests/test_cuda_device_*ops.py -k "twin or events or ties or finite" $(PYTEST_ARGS); \
 	done; fi
+
+gpu-bench:
+	SPARSE_BACKEND_BUILD=cuda PYTHONPATH=$(CURDIR) $(PYTHON) -m sparse_backend doctor --build
+	SPARSE_BACKEND_BUILD=cuda PYTHONPATH=$(CURDIR) $(PYTHON) -m sparse_backend bench --device cuda $(BENCH_ARGS)
 
 format: venv
 	$(BIN)/ruff check --fix .

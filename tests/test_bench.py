@@ -444,8 +444,9 @@ def test_registry_is_consistent():
         assert {paths.PATHS[path].against for path in case.paths} <= set(case.paths)
         assert case.surrogate in framework_of(case).SURROGATES and case.net in framework_of(case).NETS
         assert not case.image or math.prod(case.image) == case.inputs
+    every = {**cases.CASES, **cases.GPU_CASES}
     for target in cases.TARGETS:
-        assert {target.path, target.against} <= set(cases.CASES[target.case].paths)
+        assert {target.path, target.against} <= set(every[target.case].paths)
     assert len(set(cases.TARGETS)) == len(cases.TARGETS)
 
 

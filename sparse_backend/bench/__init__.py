@@ -1,17 +1,24 @@
 """`python -m sparse_backend bench`: stock training against sparse gradients on this machine, checked, then timed.
 
-`cases.py` is the registry of what is measured and its targets, `paths.py` of the ways to run it, `for_*.py` have each
-framework's networks; `gate.py` checks, `timing.py`, `memory.py` and `rss.py` measure, `render.py` prints.
+`cases.py` is the registry of what is measured and its targets, `paths.py` of the ways to run it, `for_*.py` and
+`leaky_nets.py` have each framework's networks, `fused_dense.py` the dense loop to beat; `gate.py` checks, `timing.py`,
+`memory.py`, `rss.py` and `kernels.py` measure on what `devices.py` knows, `render.py` prints.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparse_backend.bench.cases import Case
 
 __all__ = ["main"]
 
@@ -35,18 +42,24 @@ def _parser() -> argparse.ArgumentParser:
         "same trained weights, after checking that both compute the same.",
     )
     add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure; on cuda the paper's networks, "
+        "a fused dense loop beside them, each kernel, and --crossover (default: %(default)s)")  # fmt: skip
     add("--case", action="append", metavar="NAME", help="only this case; may be given several times; see --list "
         "(default: all of the frameworks that are installed)")  # fmt: skip
+    add("--crossover", action="store_true", help="only the cases that go from 0.1 % to 100 % of activity, against a "
+        "fused dense loop")  # fmt: skip
     add("--list", action="store_true", help="the cases, and no measuring")
     add("--data", type=Path, metavar="DIR", help="folder with the idx files of Fashion-MNIST, for the cases that are "
         "like it; without it events are drawn")  # fmt: skip
-    add("--repeats", type=_count, metavar="N", help="timed steps of each path (default: what fits in 20 s a case)")
+    add("--repeats", type=_count, metavar="N", help="timed steps of each path (default: what fits in 20 s a case, "
+        "4 s on a GPU)")  # fmt: skip
     add("--threads", type=_count, metavar="N", help="threads torch may use (default: torch's own choice)")
     add("--seed", type=int, default=0, help="of weights, input and order (default: %(default)s)")
     add("--rss", action="store_true", help="measure the peak memory of a step too, in child processes; slow")
-    add("--quick", action="store_true", help="small batches and 3 repeats, to see that it runs; ratios mean nothing")
-    add("--title", default="CPU", help="heading of this result in docs/benchmarks.md (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the numbers there")
+    add("--quick", action="store_true", help="small batches and 3 repeats, to see that it runs; ratios mean "
+        "nothing. On a GPU the cases that matter most, and 3 repeats")  # fmt: skip
+    add("--title", help="heading of this result in docs/benchmarks.md (default: CPU or GPU)")
+    add("--json", type=Path, metavar="FILE", help="write the numbers there, after each case")
     add("--render", type=Path, nargs="?", const=RESULTS, metavar="DIR", help="measure nothing: write DIR.md from the "
         f"results DIR/*.json, those of one --title together (default: {RESULTS})")  # fmt: skip
     return parser
@@ -90,22 +103,26 @@ def _render(folder: Path) -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    from sparse_backend.bench import machine, measure, render
-    from sparse_backend.bench.cases import CASES, quick
+    from sparse_backend.bench import devices, machine, measure, render
+    from sparse_backend.bench.cases import REBUILT, quick
     from sparse_backend.data import load_fashion_mnist
 
-    names = options.case or list(CASES)
-    unknown = [name for name in names if name not in CASES]
-    if unknown:
-        raise ValueError(f"--case: expected one of {', '.join(CASES)}, got {unknown[0]!r}")
-    cases = [CASES[name] for name in dict.fromkeys(names)]
+    on_gpu = options.device == "cuda"
+    cases = _chosen(options)
     if options.list:
         for case in cases:
             print(
                 f"{case.name:<20} {case.sizes}, T {case.steps}, {case.events} events a sample; {', '.join(case.paths)}"
             )
         return 0
-    missing = {case.framework for case in cases if importlib.util.find_spec(case.framework) is None}
+    device = devices.choose(options.device)
+    if options.rss and on_gpu:
+        raise ValueError("--rss: expected with --device cpu; on a GPU peak memory is measured anyway")
+    missing = {
+        case.framework
+        for case in cases
+        if case.framework != REBUILT and importlib.util.find_spec(case.framework) is None
+    }
     if missing and (options.case or all(case.framework in missing for case in cases)):
         framework = min(missing)
         raise ValueError(f'needs {framework}, which is not installed: pip install "sparse_backend[{framework}]"')
@@ -116,28 +133,70 @@ def _measure(options: argparse.Namespace) -> int:
     if options.json is not None and not options.json.parent.is_dir():
         raise ValueError(f"--json: expected a file in an existing folder, got {str(options.json)!r}")
     images = None if options.data is None else load_fashion_mnist(options.data)
-    settings = measure.Settings(options.repeats, options.seed, options.rss)
+    settings = measure.Settings(options.repeats, options.seed, options.rss, device=device)
     if options.quick:
-        cases = [quick(case) for case in cases]
-        settings = measure.Settings(options.repeats or 3, options.seed, options.rss, judged=False)
+        cases = quick(cases, options.device)
+        settings = dataclasses.replace(settings, repeats=options.repeats or 3, judged=on_gpu)
 
     threads = measure.set_threads(options.threads)
-    results = []
+    results: list[dict[str, Any]] = []
+    failed: list[str] = []
+    where: dict[str, Any] = {}
     try:
         for case in cases:
-            results.append(measure.measure(case, settings, images, _say))
+            try:
+                results.append(measure.measure(case, settings, images, _say))
+            except RuntimeError as error:
+                if not on_gpu:
+                    raise
+                first, _, _ = str(error).partition("\n")
+                failed.append(f"{case.name}: FAILED, {first}")
+                print(failed[-1] + "\n", flush=True)
+                continue
             _say("")
             print(render.text_table(results[-1]) + "\n", flush=True)
-        where = machine.describe()
+            where = where or machine.describe(device)
+            content = _content(options, results, where)
+            if options.json is not None:
+                _write(options.json, content)
     finally:
         measure.set_threads(threads)
-    content = render.document(results, {"title": options.title, **where, "seed": options.seed, "quick": options.quick})
-    print(render.LEGEND)
-    print(render.where_line(content))
-    print("a quick run: not held against the targets" if options.quick else render.tally(results))
-    if options.json is not None:
-        options.json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return 1 if any("refused" in row for result in results for row in result["rows"]) else 0
+    if results:
+        print(render.closing(content))
+        print("a quick run: not held against the targets" if not settings.judged else render.tally(results))
+    for line in failed:
+        print(line)
+    return 1 if failed or any("refused" in row for result in results for row in result["rows"]) else 0
+
+
+def _chosen(options: argparse.Namespace) -> list[Case]:
+    """The cases asked for. Raises ValueError for a name that the device has none of."""
+    from sparse_backend.bench import cases
+
+    if options.device == "cuda":
+        registry = known = {name: cases.for_this_machine(case) for name, case in cases.GPU_CASES.items()}
+    else:
+        registry = cases.CASES
+        known = {**registry, **{name: cases.on_cpu(case) for name, case in cases.CROSSOVER.items()}}
+    names = options.case or list(cases.CROSSOVER if options.crossover else registry)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"--case: expected one of {', '.join(known)}, got {unknown[0]!r}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def _content(options: argparse.Namespace, results: list[dict[str, Any]], where: dict[str, Any]) -> dict[str, Any]:
+    from sparse_backend.bench import render
+
+    title = options.title or ("GPU" if options.device == "cuda" else "CPU")
+    return render.document(results, {"title": title, **where, "seed": options.seed, "quick": options.quick})
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """All of it or nothing: what is there already stays when this is interrupted."""
+    new = file.with_name(file.name + ".new")
+    new.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(new, file)
 
 
 def _say(text: str) -> None:

@@ -6,6 +6,7 @@ A new case is one entry of `CASES`; what it has to reach is a line of `TARGETS`.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ STOCK_NO_GRAD, LOOP_NO_GRAD = "stock-no-grad", "loop-no-grad"
 MENDED = "stock-mended"  # Norse without its one quadratic flaw
 ENABLED, ENABLED_EVENTS = "enabled", "enabled-events"  # Norse's modules for whole sequences
 CELLS, CELLS_EVENTS = "cells", "cells-events"  # Norse's cells in a loop
+GRAPH = "graph"  # the sequence form, event input, as a CUDA graph
+FUSED, FUSED_GRAPH = "fused-dense", "fused-dense-graph"  # dense, without a loop over the steps in Python
+SPIKINGJELLY = "spikingjelly"
+
+REBUILT = "rebuilt"  # snnTorch's loop where snnTorch is not installed
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Case:
     classes: int
     steps: int  #: T
     events: int  #: input events per sample
-    coding: Literal["latency", "recording"]  #: at most one event per input, or an event recording
+    #: at most one event per input; an event recording; or every entry with the same chance
+    coding: Literal["latency", "recording", "random"]
     aim: float  #: %, of what `aim_at` says
     aim_at: Literal["active", "spikes"] = "active"
     batch: int = 256  #: B
@@ -46,6 +53,9 @@ class Case:
     data: str | None = None  #: the data set that `--data` may put in place of drawn events
     train_steps: int = 80
     once: tuple[str, ...] = ()  #: paths that are so slow that they are timed one single time, without warming up
+    trains_with: str = LOOP  #: the path that trains
+    crossover: float | None = None  #: %, of entries that are events, spikes and active: b_th is made to fit
+    kernels: bool = False  #: whether each kernel of a step is timed
 
     @property
     def sizes(self) -> str:
@@ -106,34 +116,69 @@ CASES: dict[str, Case] = {
     )
 }
 
+CROSSOVER_PATHS = (FUSED, SEQUENCE, SEQUENCE_EVENTS)
+CROSSOVER: dict[str, Case] = {
+    f"crossover-{share:g}": dataclasses.replace(
+        _SHD, name=f"crossover-{share:g}", events=round(share / 100 * _SHD.inputs * _SHD.steps), coding="random",
+        aim=share, aim_at="spikes", paths=CROSSOVER_PATHS, train_steps=0, trains_with=SEQUENCE_EVENTS, crossover=share,
+    )
+    for share in (1.0, 10.0, 100.0, 0.1, 0.3, 3.0, 30.0)
+}  # fmt: skip
+
+GPU_PATHS = (STOCK, FUSED, FUSED_GRAPH, SPIKINGJELLY, SEQUENCE, SEQUENCE_EVENTS, GRAPH, LOOP, LOOP_EVENTS)
+SIZES = (200, 1000, 100, 400, 600, 800)  # of the hidden layers, as in the paper's figures
+
+
+def _on_gpu(case: Case, hidden: int, **changes: Any) -> Case:
+    name = f"cuda-{case.name}-{hidden}"
+    sizes: dict[str, Any] = {"hidden": (hidden,) * 2, "paths": GPU_PATHS, "trains_with": SEQUENCE_EVENTS}
+    return dataclasses.replace(case, name=name, data=None, **sizes, **changes)
+
+
+_PAPER = (_SHD, CASES["nmnist"], _FMNIST)
+
+#: In the order of what matters: the machine may be lent for a while.
+GPU_CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        *(_on_gpu(case, SIZES[0], kernels=case is _SHD) for case in _PAPER),
+        _on_gpu(_SHD, 4096, batch=16),
+        *CROSSOVER.values(),
+        *(_on_gpu(case, hidden) for hidden in SIZES[1:] for case in _PAPER),
+    )
+}
+_QUICK = ("cuda-shd-200", "cuda-nmnist-200", "cuda-fmnist-200", "crossover-1", "crossover-10", "crossover-100")
+
 
 @dataclass(frozen=True)
 class Target:
-    """`quantity` is a ratio of medians, that of the path `against` over ours, to be at least `limit`; or, for "kept",
-    ours over its bytes kept for backward, to be at most `limit`; or, for "recording", by how many microseconds of each
-    recorded call our whole step exceeds 115 % of its, to be at most `limit`."""
+    """`quantity` is a ratio of medians, that of the path `against` over ours, to be at least `limit`; or, for "kept" or
+    "peak", our bytes kept for backward or at the peak over its, to be at most `limit`; or, for "recording", by how many
+    microseconds of each recorded call our whole step exceeds 115 % of its, to be at most `limit`."""
 
     case: str
     path: str
-    quantity: Literal["forward", "backward", "whole", "kept", "recording"]
+    quantity: Literal["forward", "backward", "whole", "kept", "peak", "recording"]
     limit: float
     against: str = STOCK
 
     @property
     def text(self) -> str:
         against = "" if self.against in (STOCK, STOCK_NO_GRAD) else f" against {_SAID[self.against]}"
-        if self.quantity == "kept":
-            return f"kept ≤ {100 * self.limit:g} %" + against
+        if self.quantity in ("kept", "peak"):
+            return f"{self.quantity} ≤ {100 * self.limit:g} %" + against
         if self.quantity == "recording":
             return f"whole ≤ {100 * SLACK:g} % of {_SAID[self.against]} + {self.limit:g} µs per recorded call"
         return f"{self.quantity} ≥ {round(self.limit, 2):g}×" + against
 
     def reached(self, got: float) -> bool:
-        return got <= self.limit if self.quantity in ("kept", "recording") else got >= self.limit
+        return got <= self.limit if self.quantity in ("kept", "peak", "recording") else got >= self.limit
 
 
 _SAID = {
     MENDED: "mended stock",
+    FUSED: "the fused dense loop",
+    FUSED_GRAPH: "the fused dense loop's graph",
     STEP: "the step form",
     SEQUENCE: "the sequence form",
     SEQUENCE_EVENTS: "the sequence form",
@@ -141,6 +186,7 @@ _SAID = {
     ENABLED_EVENTS: "the sequence form",
 }
 SLACK, PER_CALL = 1.15, 4.0
+STREAMING = 3.0  # times the bytes that must move over the bandwidth: the most that a streaming kernel may take
 #: a loop, and the whole sequences it is held against
 _LOOPS = {LOOP: SEQUENCE, LOOP_EVENTS: SEQUENCE_EVENTS, CELLS: ENABLED, CELLS_EVENTS: ENABLED_EVENTS}
 
@@ -156,7 +202,7 @@ def _whole(case: str, dense: float, events: float, against: str = STOCK) -> list
 
 
 def _loops(case: str) -> list[Target]:
-    paths = CASES[case].paths
+    paths = _case(case).paths
     return [
         Target(case, loop, "recording", PER_CALL, sequence)
         for loop, sequence in _LOOPS.items()
@@ -164,9 +210,26 @@ def _loops(case: str) -> list[Target]:
     ]
 
 
+def _case(name: str) -> Case:
+    return CASES[name] if name in CASES else GPU_CASES[name]
+
+
 def _kept(case: str, limit: float) -> list[Target]:
     """Of all paths of ours but the step form."""
     return [Target(case, path, "kept", limit) for path in CASES[case].paths if path not in (STOCK, MENDED, STEP)]
+
+
+def _gpu(case: Case) -> list[Target]:
+    """Of the sequence form and its graph, which keeps what it needs in a pool of its own; of the loop, the memory."""
+    whole = {100: 50, 300: 100, 500: 150}[case.steps]
+    targets = []
+    for path, dense in ((SEQUENCE, FUSED), (SEQUENCE_EVENTS, FUSED), (GRAPH, FUSED_GRAPH)):
+        targets += [Target(case.name, path, "whole", whole), Target(case.name, path, "backward", 150)]
+        targets.append(Target(case.name, path, "whole", 3, dense))
+    targets += _loops(case.name)
+    for path in (SEQUENCE, SEQUENCE_EVENTS, LOOP, LOOP_EVENTS):
+        targets += [Target(case.name, path, "kept", 0.05), Target(case.name, path, "peak", 0.10)]
+    return targets
 
 
 def _sparse(case: str, dense: float, events: float, kept: float, backward: float | None = None) -> list[Target]:
@@ -214,9 +277,28 @@ TARGETS: tuple[Target, ...] = (
             *_kept(f"{case.name}-auto", 1.0),
         )
     ),
+    *(target for case in GPU_CASES.values() if case.crossover is None for target in _gpu(case)),
+    *(Target(case, path, "whole", 1 / 1.05, FUSED) for case in CROSSOVER for path in (SEQUENCE, SEQUENCE_EVENTS)),
 )
 
 
-def quick(case: Case) -> Case:
-    """The case in small, to see that everything runs; its ratios mean nothing."""
+def on_cpu(case: Case) -> Case:
+    """The case in the size that suits one."""
+    return for_this_machine(dataclasses.replace(case, batch=32))
+
+
+def for_this_machine(case: Case) -> Case:
+    """The case with snnTorch's loop rebuilt where snnTorch is not installed."""
+    absent = case.framework == "snntorch" and importlib.util.find_spec("snntorch") is None
+    return dataclasses.replace(case, framework=REBUILT) if absent else case
+
+
+def quick(cases: list[Case], device: str) -> list[Case]:
+    """On a CPU the cases in small, to see that everything runs, whose ratios mean nothing; on a GPU fewer of them."""
+    if device == "cuda":
+        return [case for case in cases if case.name in _QUICK] or cases
+    return [_small(case) for case in cases]
+
+
+def _small(case: Case) -> Case:
     return dataclasses.replace(case, batch=min(case.batch, 32), train_steps=min(case.train_steps, 5))

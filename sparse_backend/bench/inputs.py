@@ -29,17 +29,21 @@ class Batch:
         dense = EventTensor(self.events.shape, self.events.row_ptr, self.events.indices, dtype=dtype).to_dense()
         return dense.unflatten(2, self.image) if self.image else dense
 
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.events.to(device), self.labels.to(device), self.image)
+
     @property
     def events_per_sample(self) -> float:
         return self.events.nnz / max(1, self.events.shape[1])
 
 
 class Inputs:
-    """Draws batches of one case, from a seed."""
+    """Draws batches of one case, from a seed: the same on every device."""
 
-    def __init__(self, case: Case, seed: int, images: ImageSet | None = None) -> None:
+    def __init__(self, case: Case, seed: int, images: ImageSet | None = None, device: str = "cpu") -> None:
         self.case = case
         self.images = images
+        self.device = device
         self.name = "drawn" if images is None else images.name
         self._random = torch.Generator().manual_seed(seed)
         size = (case.classes, BLOBS)
@@ -48,10 +52,24 @@ class Inputs:
         self._overdraw = 1.0  # several events on one place count as one
         if images is None and case.coding == "recording":
             for _ in range(3):
-                self._overdraw *= case.events / max(1.0, self.batch(16).events_per_sample)
+                self._overdraw *= case.events / max(1.0, self._drawn(16).events_per_sample)
+        self._known: list[Batch] = []
+        self._next = 0
 
     def batch(self, samples: int) -> Batch:
         """A new batch of this many samples."""
+        if self._next == len(self._known):
+            self._known.append(self._drawn(samples).to(self.device))
+        self._next += 1
+        batch = self._known[self._next - 1]
+        assert len(batch.labels) == samples, "after a rewind batches are asked for as before"
+        return batch
+
+    def rewind(self) -> None:
+        """Give the same batches again, in the same order."""
+        self._next = 0
+
+    def _drawn(self, samples: int) -> Batch:
         case = self.case
         if self.images is not None:
             chosen = torch.randint(len(self.images.train_images), (samples,), generator=self._random)
@@ -59,6 +77,8 @@ class Inputs:
         labels = torch.randint(case.classes, (samples,), generator=self._random)
         if case.coding == "recording":
             return self._recording(labels)
+        if case.coding == "random":
+            return self._random_entries(labels)
         noise = PIXEL_NOISE * torch.randn(samples, case.inputs, generator=self._random)
         order = (self._templates[labels] + noise).argsort(dim=1, descending=True)[:, : case.events]
         values = torch.zeros(samples, case.inputs)
@@ -83,10 +103,20 @@ class Inputs:
         unit = (place[:, 1] * case.inputs).long().clamp_(max=case.inputs - 1)
         return self._batch(torch.unique((time * len(labels) + sample) * case.inputs + unit), labels)
 
+    def _random_entries(self, labels: Tensor) -> Batch:
+        case, entries = self.case, len(labels) * self.case.inputs
+        share = case.events / (case.steps * case.inputs)
+        chosen = [
+            (torch.rand(entries, generator=self._random) < share).nonzero().flatten() + step * entries
+            for step in range(case.steps)
+        ]
+        return self._batch(torch.cat(chosen), labels)
+
     def _batch(self, flat: Tensor, labels: Tensor) -> Batch:
         """flat: (t * B + b) * N + unit of every event, each once."""
         case = self.case
-        flat = flat.sort().values
+        if case.coding != "random":  # which come sorted
+            flat = flat.sort().values
         shape = (case.steps, len(labels), case.inputs)
         row_ptr = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.int32)
         row_ptr[1:] = torch.bincount(flat // case.inputs, minlength=row_ptr.numel() - 1).cumsum(0)

@@ -13,11 +13,15 @@ import torch
 
 from sparse_backend import _native
 from sparse_backend._version import __version__
+from sparse_backend.bench.devices import Cpu
 
 FEATURES = ("avx2", "fma", "avx512f", "neon", "asimd", "sve")
 
 
-def describe() -> dict[str, Any]:
+def describe(device: Cpu | None = None) -> dict[str, Any]:
+    """device: what the numbers were measured on, where it is not the CPU."""
+    if device is not None and device.type == "cuda":
+        return _with_gpu(describe(), device)
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     native = _native.status()
@@ -41,6 +45,33 @@ def describe() -> dict[str, Any]:
         "kernels": {"state": native["state"], "origin": native["origin"]},
         "commit": _commit(),
     }
+
+
+def _with_gpu(described: dict[str, Any], device: Cpu) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_properties()
+    native = _native.status()["cuda"]
+    described["machine"]["gpu"] = {
+        "name": gpu.name,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "processors": gpu.multi_processor_count,
+        "memory_gb": round(gpu.total_memory / 2**30),
+        "cache_mb": round(gpu.L2_cache_size / 2**20),
+        "copy_gb_s": round(device.copy_rate() / 1e9),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+    described["versions"] |= {"driver": _driver(), "cuda": torch.version.cuda, "triton": _version("triton")}
+    described["kernels"] = {"state": native["state"], "origin": native["origin"]}
+    return described
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = answer.stdout.split()
+    return lines[0] if answer.returncode == 0 and lines else None
 
 
 def _cpuinfo() -> dict[str, str]:

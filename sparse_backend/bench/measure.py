@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sparse_backend.bench import rss
-from sparse_backend.bench.cases import SLACK, TARGETS, Case, Target, recorded_calls
+from sparse_backend import EventTensor
+from sparse_backend.bench import kernels, rss
+from sparse_backend.bench.cases import SEQUENCE, SLACK, TARGETS, Case, Target, recorded_calls
+from sparse_backend.bench.devices import Cpu
 from sparse_backend.bench.gate import EXACT_SAMPLES, Gate
+from sparse_backend.bench.graph import run_of
 from sparse_backend.bench.inputs import Inputs
 from sparse_backend.bench.models import framework_of
 from sparse_backend.bench.paths import PATHS, Run, Unavailable
 from sparse_backend.bench.timing import interleave, summary
-from sparse_backend.bench.training import band, measure_activity, train
+from sparse_backend.bench.training import band, fitted_band, measure_activity, train
 from sparse_backend.data import ImageSet
-
-SECONDS = 20.0  # of timing, for each case; the fewest repeats come first
 
 
 @dataclass(frozen=True)
 class Settings:
-    repeats: int | None = None  #: None: as many as fit in `SECONDS`
+    repeats: int | None = None  #: None: as many as fit in the device's `seconds`
     seed: int = 0
     rss: bool = False
     judged: bool = True  #: whether the numbers are held against the targets
+    device: Cpu = dataclasses.field(default_factory=Cpu)
 
 
 def measure(
@@ -40,12 +45,16 @@ def measure(
 
 def _measure(case: Case, settings: Settings, images: ImageSet | None, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"{case.name}: training {case.train_steps} steps")
-    inputs = Inputs(case, settings.seed, images if case.data is not None else None)
+    device = settings.device
+    inputs = _inputs(case, settings, images if case.data is not None else None)
     trained = train(case, inputs, settings.seed)
     batch = inputs.batch(case.batch)
+    if case.crossover is not None:
+        case = dataclasses.replace(case, b_th=fitted_band(trained.net, case.crossover, batch))
     activity = measure_activity(trained.net, case, batch)
     result: dict[str, Any] = {
         "case": case.to_dict(),
+        "device": device.type,
         "sizes": case.sizes,
         "surrogate": framework_of(case).SURROGATES[case.surrogate][0],
         "band": _plain(band(trained.net, case)),
@@ -59,7 +68,7 @@ def _measure(case: Case, settings: Settings, images: ImageSet | None, say: Calla
         "rows": [],
     }
 
-    say(f"{case.name}: checking {len(case.paths) - 1} paths against stock")
+    say(f"{case.name}: checking {len(case.paths)} paths")
     dense = batch.dense()
     gate = Gate(case, trained.net, inputs.batch(min(EXACT_SAMPLES, case.batch)), batch, dense)
     runs: dict[str, Run] = {}
@@ -74,16 +83,34 @@ def _measure(case: Case, settings: Settings, images: ImageSet | None, say: Calla
         if verdict.problem is not None:
             row["refused"] = verdict.problem
             continue
-        runs[name] = Run(PATHS[name], trained.net, case.b_th, batch, dense)
+        runs[name] = run_of(PATHS[name], trained.net, case.b_th, batch, dense)
+        if note := PATHS[name].note:
+            row["note"] = note(batch.labels.device)
     del gate
 
     say(f"{case.name}: timing")
     for name, run in runs.items():
-        if run.path.learns:
+        if run.path.learns and not run.path.captured:
             rows[name]["kept_bytes"] = run.kept_bytes()
-    for name, times in interleave(runs, settings.repeats, SECONDS, settings.seed, case.once).items():
+    rotated: dict[str, list[Tensor | EventTensor]] = {}
+    for run in runs.values():
+        if run.path.input not in rotated:
+            rotated[run.path.input] = copies(run.input, device.cache_bytes)
+        run.rotate(rotated[run.path.input])
+    seconds = device.seconds
+    for name, times in interleave(runs, settings.repeats, seconds, settings.seed, case.once, device.warm).items():
         rows[name]["ms"] = summary(times)
         rows[name]["repeats"] = len(times)
+    for name, run in runs.items():
+        if run.path.learns and not run.path.captured:
+            run.optimizer.zero_grad()
+            peak = device.peak_bytes(run.step)
+            if peak is not None:
+                rows[name]["peak_bytes"] = peak
+    if case.kernels and SEQUENCE in runs:
+        say(f"{case.name}: kernel by kernel")
+        result["kernels"] = kernels.table(runs[SEQUENCE], device)
+    rotated.clear()
     runs.clear()
     if settings.rss:
         del dense
@@ -95,6 +122,28 @@ def _measure(case: Case, settings: Settings, images: ImageSet | None, say: Calla
         _compare(case, row, rows, settings.judged)
     result["rows"] = list(rows.values())
     return result
+
+
+_known_inputs: dict[tuple[Any, ...], Inputs] = {}
+
+
+def _inputs(case: Case, settings: Settings, images: ImageSet | None) -> Inputs:
+    """Networks that differ in their hidden layers alone are given the same batches, drawn once."""
+    device = settings.device.type
+    if device == "cpu":
+        return Inputs(case, settings.seed, images)
+    key = (case.inputs, case.steps, case.events, case.coding, case.classes, case.batch, case.train_steps, settings.seed)
+    if key not in _known_inputs:
+        _known_inputs[key] = Inputs(case, settings.seed, images, device)
+    _known_inputs[key].rewind()
+    return _known_inputs[key]
+
+
+def copies(given: Tensor | EventTensor, least: int) -> list[Tensor | EventTensor]:
+    """The input and copies of it, together at least as many bytes."""
+    parts = (given.row_ptr, given.indices) if type(given) is EventTensor else (given,)
+    size = sum(part.nbytes for part in parts)  # type: ignore[union-attr]
+    return [given, *(copy.deepcopy(given) for _ in range(1, math.ceil(least / max(1, size))))]
 
 
 def _compare(case: Case, row: dict[str, Any], rows: Mapping[str, dict[str, Any]], judged: bool) -> None:
@@ -118,8 +167,9 @@ def _compare(case: Case, row: dict[str, Any], rows: Mapping[str, dict[str, Any]]
 
 def _got(case: Case, target: Target, row: dict[str, Any], against: dict[str, Any]) -> float:
     """What there is of the target's quantity."""
-    if target.quantity == "kept":
-        return float(row["kept_bytes"]) / max(1, against["kept_bytes"])
+    if target.quantity in ("kept", "peak"):
+        size = f"{target.quantity}_bytes"
+        return float(row[size]) / max(1, against[size])
     part = "whole" if target.quantity == "recording" else target.quantity
     ours, theirs = row["ms"][part]["median"], against["ms"][part]["median"]
     if target.quantity == "recording":

@@ -1,6 +1,6 @@
 """What the benchmark asks of a framework, and what its networks give back.
 
-The networks themselves are in `for_snntorch.py` and `for_norse.py`, written as their frameworks' users write them.
+The networks themselves are in `leaky_nets.py` and `for_norse.py`, written as their frameworks' users write them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
+from sparse_backend.bench.cases import REBUILT
 from sparse_backend.surrogate import SpikeGrad
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Framework(Protocol):
         """Stock's forward pass, in a form that computes the same faster where there is one."""
 
 
-FRAMEWORKS = {"snntorch": "for_snntorch", "norse": "for_norse"}
+FRAMEWORKS = {"snntorch": "for_snntorch", "norse": "for_norse", REBUILT: "for_rebuilt"}
 
 
 def framework_of(case: Case) -> Framework:

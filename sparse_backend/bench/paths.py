@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import time
+import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -15,17 +15,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from sparse_backend import EventTensor
+from sparse_backend.bench import devices
 from sparse_backend.bench.cases import (
     CELLS,
     CELLS_EVENTS,
     ENABLED,
     ENABLED_EVENTS,
+    FUSED,
+    FUSED_GRAPH,
+    GRAPH,
     LOOP,
     LOOP_EVENTS,
     LOOP_NO_GRAD,
     MENDED,
     SEQUENCE,
     SEQUENCE_EVENTS,
+    SPIKINGJELLY,
     STEP,
     STOCK,
     STOCK_NO_GRAD,
@@ -34,6 +39,7 @@ from sparse_backend.bench.cases import (
 from sparse_backend.bench.inputs import Batch
 from sparse_backend.bench.memory import kept_bytes
 from sparse_backend.bench.models import Output, loss_of
+from sparse_backend.policy import resolve_b_th
 
 
 class Unavailable(RuntimeError):
@@ -51,6 +57,9 @@ class Path:
     masked: bool = True  #: whether its gradient is the sparse one, or stock's own
     learns: bool = True  #: whether there is a backward pass
     against: str = STOCK  #: the path whose medians its ratios are of
+    captured: bool = False  #: whether it runs as a graph
+    judge: Callable[[Any], Callable[[Any], Output]] | None = None  #: a forward pass to be judged by instead of stock's
+    note: Callable[[torch.device], str] | None = None  #: what has to be said of it on a device
 
 
 def _stock(net: Any, b_th: BTh) -> Callable[[Any], Output]:
@@ -64,12 +73,55 @@ def _mended(net: Any, b_th: BTh) -> Callable[[Any], Output]:
 
 
 def _sequence(net: Any, b_th: BTh) -> Callable[[Any], Output]:
-    from sparse_backend.bench.for_snntorch import sequence_forward
+    from sparse_backend.bench.leaky_nets import sequence_forward
 
     return partial(sequence_forward, net, b_th=b_th)
 
 
+def _sparse_sequence(net: Any, b_th: BTh) -> Callable[[Any], Output]:
+    from sparse_backend.bench.leaky_nets import sparse_forward
+
+    return partial(sparse_forward, net, b_th=resolve_b_th(b_th, net.neurons[0].spike_grad))
+
+
+def _fused(net: Any, b_th: BTh) -> Callable[[Any], Output]:
+    from sparse_backend.bench import fused_dense
+
+    return fused_dense.forward_of(net, fused_dense.kind_for(next(net.parameters()).device))
+
+
+def _of_fused(device: torch.device) -> str:
+    from sparse_backend.bench import fused_dense
+
+    return f"one matrix product over T * B a layer, scans by {fused_dense.kind_for(device)}"
+
+
+def _spikingjelly(net: Any, b_th: BTh) -> Callable[[Any], Output]:
+    from sparse_backend.bench import peer
+
+    try:
+        return peer.forward_of(net)
+    except ImportError as error:
+        raise Unavailable(f"SpikingJelly is not installed ({error})") from error
+
+
+def _judge_of_spikingjelly(net: Any) -> Callable[[Any], Output]:
+    from sparse_backend.bench import peer
+
+    return peer.judge(net)
+
+
+def _of_spikingjelly(device: torch.device) -> str:
+    from sparse_backend.bench import peer
+
+    return peer.NOTE
+
+
 def enabled(net: Any, b_th: BTh, fuse_time: bool = True) -> Any:
+    from sparse_backend.bench.for_rebuilt import Leaky
+
+    if any(isinstance(module, Leaky) for module in net.modules()):
+        raise Unavailable("it needs snnTorch, which is not installed")
     try:
         from sparse_backend import enable
 
@@ -100,6 +152,18 @@ PATHS: dict[str, Path] = {
         Path(STEP, "unmodified loop, step form", "dense", partial(enabled, fuse_time=False)),
         Path(CELLS, "enabled cells in a loop, fused, dense input", "dense", _cells),
         Path(CELLS_EVENTS, "enabled cells in a loop, fused, event input", "events", _cells),
+        Path(GRAPH, "sequence as a CUDA graph, event input", "events", _sparse_sequence, captured=True),
+        Path(FUSED, "fused dense loop", "dense", _fused, masked=False, note=_of_fused),
+        Path(FUSED_GRAPH, "fused dense loop as a CUDA graph", "dense", _fused, masked=False, captured=True),
+        Path(
+            SPIKINGJELLY,
+            "SpikingJelly",
+            "dense",
+            _spikingjelly,
+            masked=False,
+            judge=_judge_of_spikingjelly,
+            note=_of_spikingjelly,
+        ),
         Path(STOCK_NO_GRAD, "stock, no_grad", "dense", _stock, masked=False, learns=False, against=STOCK_NO_GRAD),
         Path(LOOP_NO_GRAD, "unmodified loop, fused, no_grad", "dense", enabled, learns=False, against=STOCK_NO_GRAD),
     )
@@ -137,8 +201,14 @@ class Run:
         else:
             self.input = batch.dense(dtype) if dense is None else dense
         self.labels = batch.labels
+        self.device = devices.of(batch.labels.device)
+        self._inputs: Iterator[Tensor | EventTensor] = itertools.repeat(self.input)
         # Learning rate 0: every repeat sees the same weights, of a new version, as in training.
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.0)
+
+    def rotate(self, inputs: Sequence[Tensor | EventTensor]) -> None:
+        """Go through these, copies of the input, in turn: what one step left in the cache is not the next one's."""
+        self._inputs = itertools.cycle(inputs)
 
     def loss(self, samples: Tensor | None = None) -> Tensor:
         return loss_of(self.forward(self.input), self.labels, samples)
@@ -146,24 +216,28 @@ class Run:
     def step(self) -> Times:
         """One training step."""
         self._renew_input()
+        self.device.wait()
+        mark, between = self.device.mark, self.device.between
         if not self.path.learns:
-            begin = time.perf_counter()
+            begin = mark()
             with torch.no_grad():
                 self.loss()
-            return Times(time.perf_counter() - begin)
-        start = time.perf_counter()
+            return Times(between(begin, mark()))
+        start = mark()
         self.optimizer.zero_grad()
-        begin = time.perf_counter()
+        begin = mark()
         loss = self.loss()
-        middle = time.perf_counter()
+        middle = mark()
         loss.backward()
-        end = time.perf_counter()
+        end = mark()
         self.optimizer.step()
         del loss
-        return Times(middle - begin, end - middle, time.perf_counter() - start)
+        stop = mark()
+        return Times(between(begin, middle), between(middle, end), between(start, stop))
 
     def _renew_input(self) -> None:
         """Make the input as new as the next batch would be: what was read of it before may not be used again."""
+        self.input = next(self._inputs)
         if type(self.input) is EventTensor:
             self.input = self.input.without_handle()
         else:

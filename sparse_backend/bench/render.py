@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_backend.bench.cases import CASES
+from sparse_backend.bench.cases import CASES, GPU_CASES, REBUILT, STREAMING
 
 FORMAT = 1
 
@@ -23,6 +23,25 @@ LEGEND = (
     "zero_grad, forward, loss, backward, SGD. forward, backward and whole with × are stock's median over this path's. "
     "events: input events per sample; spikes and active: % of all (t, b, j) of the hidden layers, after training. "
     "kept: storages alive for the backward pass after the forward, without parameters and the caller's own tensors."
+)
+
+OF_GPU = (
+    "On a GPU times are CUDA events' around work asked of an idle device, so that what Python takes is in them; inputs "
+    "are gone through in turn, together several times the second-level cache; peak is the allocator's, over what was "
+    "allocated before the step. *Fused dense loop* is one matrix product over T * B a layer and one kernel over time, "
+    "forward and backward, without sparsity. *As a CUDA graph* forward with loss and backward are replayed, after "
+    "copying events in, while a dense input is read where it is; a graph has a pool of memory of its own, which is not "
+    "counted."
+)
+
+NOT_MEASURED = (
+    "Not measured: there is no result of `--device cuda` here. `make gpu-bench` on a machine with a GPU makes one: "
+    "[Measuring](cuda.md#measuring)."
+)
+
+OF_REBUILT = (
+    "snnTorch was not installed: *stock* is its loop rebuilt from its documented equations, with no more operations a "
+    "step than its own."
 )
 
 OF_ALPHA = (
@@ -62,7 +81,9 @@ def case_title(result: Mapping[str, Any]) -> str:
 
 def _b_th(result: Mapping[str, Any]) -> str:
     b_th = result["case"]["b_th"]
-    return f"b_th {b_th}" + (f" = {float(result['band']):.3g}" if b_th == "auto" else "")
+    if b_th == "auto":
+        return f"b_th auto = {float(result['band']):.3g}"
+    return f"b_th {b_th}" if isinstance(b_th, str) else f"b_th {b_th:.4g}"
 
 
 def case_note(result: Mapping[str, Any]) -> str:
@@ -71,15 +92,17 @@ def case_note(result: Mapping[str, Any]) -> str:
         f"{_percent(spikes)} / {_percent(active)}"
         for spikes, active in zip(result["spikes_pct_by_layer"], result["active_pct_by_layer"], strict=True)
     )
-    return (
+    note = (
         f"Input: {result['input']}. Trained {training['steps']} steps, loss {training['first_loss']:.3g} → "
         f"{training['last_loss']:.3g}. Spikes / active % by hidden layer: {layers}."
     )
+    return f"{note} {OF_REBUILT}" if result["case"]["framework"] == REBUILT else note
 
 
 def _rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Heads, and the rows of what was timed."""
     peaks = any("peak_bytes" in row for row in result["rows"])
+    digits = 2 if result.get("device") == "cuda" else 1
     rows = []
     for row in result["rows"]:
         if "ms" not in row:
@@ -87,7 +110,7 @@ def _rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, .
         ratio = row.get("ratio")
         cells = [row["label"], f"{result['input_events']:.0f}", _percent(result["spikes_pct"])]
         cells.append(_percent(result["active_pct"]))
-        cells += [f"{row['ms'][part]['median']:.1f}" if part in row["ms"] else "–" for part in PARTS]
+        cells += [f"{row['ms'][part]['median']:.{digits}f}" if part in row["ms"] else "–" for part in PARTS]
         cells += [f"{ratio[part]:.2f}×" if ratio and part in ratio else "–" for part in PARTS]
         cells.append(f"{row['kept_bytes'] / 1e6:.1f}" if "kept_bytes" in row else "–")
         cells.append(f"{100 * row['kept_share']:.1f} %" if "kept_share" in row else "–")
@@ -106,6 +129,8 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
     """Targets with what was got, and what was not timed with its reason."""
     lines = []
     for row in result["rows"]:
+        if "note" in row:
+            lines.append(f"{row['label']}: {row['note']}")
         if "left_out" in row:
             lines.append(f"{row['label']}: LEFT OUT, {row['left_out']}")
         if "refused" in row:
@@ -121,7 +146,8 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
 
 
 def _target(target: Mapping[str, Any]) -> str:
-    got = {"kept": f"{100 * target['got']:.2g} %", "recording": f"{target['got']:.1f} µs"}.get(
+    share = f"{100 * target['got']:.2g} %"
+    got = {"kept": share, "peak": share, "recording": f"{target['got']:.1f} µs"}.get(
         target["quantity"], f"{target['got']:.2f}×"
     )
     return f"{target['target']}: {'reached' if target['reached'] else 'MISSED'} ({got})"
@@ -129,17 +155,131 @@ def _target(target: Mapping[str, Any]) -> str:
 
 def text_table(result: Mapping[str, Any]) -> str:
     """One case for the terminal."""
-    heads, rows = _rows(result)
+    lines = [case_title(result), "  " + case_note(result), *_columns(*_rows(result))]
+    lines += ["  " + remark for remark in _remarks(result)]
+    if "kernels" in result:
+        lines += ["  " + _of_kernels(result), *_columns(KERNEL_HEADS, _kernel_rows(result))]
+    return "\n".join(lines)
+
+
+def _columns(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return []
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-    lines = [case_title(result), "  " + case_note(result)]
-    if rows:
-        for row in (heads, *rows):
-            first, *others = (
-                f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}"
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            lines.append("  " + "  ".join([first, *others]).rstrip())
-    return "\n".join([*lines, *("  " + remark for remark in _remarks(result))])
+    lines = []
+    for row in (heads, *rows):
+        first, *others = (
+            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  " + "  ".join([first, *others]).rstrip())
+    return lines
+
+
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return []
+    return [_line(*row) for row in (heads, ("---", *["---:"] * (len(heads) - 1)), *rows)]
+
+
+KERNEL_HEADS = (
+    "kernel",
+    "kind",
+    "launches",
+    "ms",
+    "MB that must move",
+    "floor ms",
+    "times its floor",
+    "µs a step of T",
+)
+
+
+def _of_kernels(result: Mapping[str, Any]) -> str:
+    rate = result["kernels"]["copy_gb_s"]
+    if not result["kernels"]["rows"]:
+        return "Kernels of one step: torch's profiler sees none here."
+    streaming = [row for row in result["kernels"]["rows"] if row["kind"] == "streaming"]
+    return (
+        f"Kernels of one step, sequence, dense input. Floor: bytes over {rate:.0f} GB/s, what a copy reads and writes "
+        f"here. Streaming kernels within {STREAMING:g}× of it: {sum(row['reached'] for row in streaming)} of "
+        f"{len(streaming)}."
+    )
+
+
+def _kernel_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for row in result["kernels"]["rows"]:
+        cells = [row["kernel"], row["kind"], f"{row['launches']:.0f}", f"{row['ms']:.3f}"]
+        if row["kind"] == "streaming":
+            cells += [f"{row['bytes'] / 1e6:.1f}", f"{row['floor_ms']:.3f}", f"{row['times']:.1f}×", "–"]
+        else:
+            cells += ["–", "–", "–", f"{row['us_per_step']:.2f}"]
+        rows.append(tuple(cells))
+    return rows
+
+
+CROSSOVER_HEADS = (
+    "activity", "input %", "spikes %", "active %", "fused dense ms", "dense input ms", "of fused", "event input ms",
+    "of fused",
+)  # fmt: skip
+
+
+def _crossover_rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The time of a training step by activity, and its share of the fused dense loop's."""
+    rows = []
+    for result in sorted(results, key=lambda result: result["case"]["crossover"]):
+        case, timed = result["case"], _timed(result)
+        share = 100 * result["input_events"] / (case["steps"] * case["inputs"])
+        cells = [f"{case['crossover']:g} %", _percent(share)]
+        cells += [_percent(result["spikes_pct"]), _percent(result["active_pct"])]
+        dense = timed["fused-dense"]["ms"]["whole"]["median"] if "fused-dense" in timed else None
+        cells.append("–" if dense is None else f"{dense:.2f}")
+        for path in ("sequence", "sequence-events"):
+            ours = timed[path]["ms"]["whole"]["median"] if path in timed else None
+            cells.append("–" if ours is None else f"{ours:.2f}")
+            cells.append("–" if ours is None or dense is None else f"{ours / dense:.2f}×")
+        rows.append(tuple(cells))
+    return rows
+
+
+def _crossover_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    first = results[0]
+    case = first["case"]
+    targets = [target for result in results for row in result["rows"] for target in row.get("targets", ())]
+    lines = [
+        f"### Crossover: {first['sizes']}, T {case['steps']}, B {case['batch']}, {first['surrogate']}",
+        "",
+        "Activity from 0.1 % to 100 %: of the input, drawn entry by entry; of the hidden layers' spikes, as near as "
+        "weights alone bring them; of the active entries, by b_th. A training step of the sequence form against the "
+        f"fused dense loop; at most 1.05× of it: {sum(target['reached'] for target in targets)} of {len(targets)}.",
+        "",
+        *_table(CROSSOVER_HEADS, _crossover_rows(results)),
+        "",
+    ]
+    lines += [f"- {case_of['case']['crossover']:g} %: {remark}" for case_of in results for remark in _problems(case_of)]
+    return lines
+
+
+def _problems(result: Mapping[str, Any]) -> list[str]:
+    return [
+        remark for remark in _remarks({"rows": [{**row, "targets": ()} for row in result["rows"]]}) if "ED" in remark
+    ]
+
+
+def is_crossover(result: Mapping[str, Any]) -> bool:
+    return result["case"].get("crossover") is not None
+
+
+def closing(content: Mapping[str, Any]) -> str:
+    """What follows the tables on a terminal."""
+    crossover = [result for result in content["cases"] if is_crossover(result)]
+    lines = [*_columns(CROSSOVER_HEADS, _crossover_rows(crossover)), LEGEND]
+    if _is_gpu(content):
+        lines.append(OF_GPU)
+    return "\n".join([*lines, where_line(content)])
+
+
+def _is_gpu(content: Mapping[str, Any]) -> bool:
+    return "gpu" in content["machine"]
 
 
 def merged(contents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -152,7 +292,7 @@ def merged(contents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _merged(title: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    order = {name: place for place, name in enumerate(CASES)}
+    order = {name: place for place, name in enumerate([*CASES, *GPU_CASES])}
     cases: dict[str, Any] = {}
     where: dict[str, list[str]] = {}
     for content in group:
@@ -178,7 +318,12 @@ def tally(results: Sequence[Mapping[str, Any]]) -> str:
 def where_line(content: Mapping[str, Any]) -> str:
     """Machine, versions, commit in one line."""
     machine, versions = content["machine"], content["versions"]
+    gpu = machine.get("gpu")
     parts = [
+        f"{gpu['name']}, {gpu['memory_gb']} GB, capability {gpu['capability']}, copies at {gpu['copy_gb_s']} GB/s"
+        + (", matrix products in TF32" if gpu["tf32"] else "")
+        if gpu
+        else None,
         machine["cpu"],
         _count(machine["cores"], "core"),
         _count(machine["threads"], "thread"),
@@ -209,6 +354,8 @@ def markdown(contents: Sequence[Mapping[str, Any]]) -> str:
         "",
         LEGEND,
     ]
+    if any(_is_gpu(content) for content in contents):
+        lines += ["", OF_GPU]
     if any(result["case"].get("surrogate") == "super_alpha" for content in contents for result in content["cases"]):
         lines += ["", OF_ALPHA]
     for content in merged(contents):
@@ -217,17 +364,26 @@ def markdown(contents: Sequence[Mapping[str, Any]]) -> str:
             lines += [line + ".", ""]
         lines.append(content["where"][-1] + ". " + tally(content["cases"]).capitalize() + ".")
         for result in content["cases"]:
-            heads, rows = _rows(result)
+            if is_crossover(result):
+                continue
             lines += ["", f"### {case_title(result)}", "", case_note(result), ""]
-            if rows:
-                lines += [
-                    "| " + " | ".join(row) + " |" for row in (heads, ("---", *["---:"] * (len(heads) - 1)), *rows)
-                ]
-                lines.append("")
+            lines += [*_table(*_rows(result)), ""]
             lines += [f"- {remark}" for remark in _remarks(result)]
-            while not lines[-1]:
-                lines.pop()
+            if "kernels" in result:
+                lines += ["", _of_kernels(result), "", *_table(KERNEL_HEADS, _kernel_rows(result))]
+            _trim(lines)
+        crossover = [result for result in content["cases"] if is_crossover(result)]
+        if crossover:
+            lines += ["", *_crossover_lines(crossover)]
+            _trim(lines)
+    if not any(_is_gpu(content) for content in contents):
+        lines += ["", "## GPU", "", NOT_MEASURED]
     return "\n".join(lines) + "\n"
+
+
+def _trim(lines: list[str]) -> None:
+    while not lines[-1]:
+        lines.pop()
 
 
 def render(folder: Path) -> tuple[Path, str]:
@@ -242,17 +398,23 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def summary(contents: Sequence[Mapping[str, Any]]) -> str:
-    """The README's tables: a line per case of the first title's results, whole training steps and bytes kept."""
-    content = merged(contents)[0]
+    """The README's tables: a line per case, whole training steps and bytes kept, of the first title measured on a CPU
+    and of the first measured on a GPU."""
     tables: list[str] = []
-    for framework, table in (("snntorch", _leaky_table), ("norse", _norse_table)):
-        results = [
-            result
-            for result in content["cases"]
-            if result["case"]["framework"] == framework and sum("ms" in row for row in result["rows"]) > 1
-        ]  # docs/benchmarks.md says why a case was refused
-        if results:
-            tables.append(table(results, "The same machine" if tables else ". ".join(content["where"])))
+    for on_gpu, frameworks in ((False, _ON_CPU), (True, _ON_GPU)):
+        of_device = merged([content for content in contents if _is_gpu(content) == on_gpu])[:1]
+        for content in of_device:
+            told = False
+            for names, table in frameworks:
+                results = [result for result in content["cases"] if result["case"]["framework"] in names]
+                results = [
+                    result
+                    for result in results
+                    if sum("ms" in row for row in result["rows"]) > 1 and not is_crossover(result)
+                ]  # docs/benchmarks.md says why a case was refused
+                if results:
+                    tables.append(table(results, "The same machine" if told else ". ".join(content["where"])))
+                    told = True
     return "\n\n".join(tables)
 
 
@@ -305,6 +467,38 @@ def _norse_table(results: Sequence[Mapping[str, Any]], where: str) -> str:
     return "\n".join(lines)
 
 
+def _gpu_table(results: Sequence[Mapping[str, Any]], where: str) -> str:
+    columns = {
+        "sequence": "sequence, dense input",
+        "sequence-events": "sequence, event input",
+        "graph": "CUDA graph, event input",
+        "loop": "your loop, dense input",
+        "loop-events": "your loop, event input",
+    }
+    batch = results[0]["case"]["batch"]
+    stock = f" {OF_REBUILT}" if any(result["case"]["framework"] == REBUILT for result in results) else ""
+    lines = [
+        "One training step on a GPU against stock snnTorch / against a fused dense time loop, at b_th 0.2 and "
+        f"fast_sigmoid(slope=100), batch {batch} unless the case says otherwise. {where}.{stock}",
+        "",
+        "| case | stock ms | fused ms | " + " | ".join(columns.values()) + " | kept for backward | peak |",
+        "| --- |" + " ---: |" * (len(columns) + 4),
+    ]
+    for result in results:
+        rows = _timed(result)
+        ratios = [_both_ratios(rows, path, ("stock", "fused-dense")) for path in columns]
+        times = _whole_ms(rows, "stock"), _whole_ms(rows, "fused-dense", 2)
+        peak = rows.get("sequence", {}).get("peak_share")
+        shares = _kept_share(rows, "sequence"), "–" if peak is None else f"{100 * peak:.1f} %"
+        lines.append(_line(_name(result, batch), *times, *ratios, *shares))
+    return "\n".join(lines)
+
+
+_Table = Callable[[Sequence[Mapping[str, Any]], str], str]
+_ON_CPU: tuple[tuple[tuple[str, ...], _Table], ...] = ((("snntorch",), _leaky_table), (("norse",), _norse_table))
+_ON_GPU: tuple[tuple[tuple[str, ...], _Table], ...] = ((("snntorch", REBUILT), _gpu_table),)
+
+
 def _timed(result: Mapping[str, Any]) -> dict[str, Any]:
     return {row["path"]: row for row in result["rows"] if "ms" in row}
 
@@ -323,18 +517,15 @@ def _name(result: Mapping[str, Any], batch: int) -> str:
     return ", ".join(parts)
 
 
-def _whole_ms(rows: Mapping[str, Any], path: str) -> str:
-    return f"{rows[path]['ms']['whole']['median']:.0f}" if path in rows else "–"
+def _whole_ms(rows: Mapping[str, Any], path: str, digits: int = 0) -> str:
+    return f"{rows[path]['ms']['whole']['median']:.{digits}f}" if path in rows else "–"
 
 
-def _both_ratios(rows: Mapping[str, Any], path: str) -> str:
-    """To stock and to mended stock."""
+def _both_ratios(rows: Mapping[str, Any], path: str, to: tuple[str, str] = ("stock", "stock-mended")) -> str:
     if path not in rows:
         return "–"
     ours = rows[path]["ms"]["whole"]["median"]
-    return " / ".join(
-        f"{rows[stock]['ms']['whole']['median'] / ours:.1f}×" for stock in ("stock", "stock-mended") if stock in rows
-    )
+    return " / ".join(f"{rows[stock]['ms']['whole']['median'] / ours:.1f}×" for stock in to if stock in rows)
 
 
 def _kept_share(rows: Mapping[str, Any], path: str) -> str:

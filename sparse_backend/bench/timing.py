@@ -14,17 +14,18 @@ FEWEST, MOST = 5, 25
 
 
 def interleave(
-    runs: Mapping[str, Run], repeats: int | None, seconds: float, seed: int, once: Collection[str] = ()
+    runs: Mapping[str, Run], repeats: int | None, seconds: float, seed: int, once: Collection[str] = (), warm: int = 1
 ) -> dict[str, list[Times]]:
-    """Time `repeats` training steps of every run, after one to warm up.
+    """Time `repeats` training steps of every run, after `warm` to warm up.
 
     With `repeats` None, as many as fit in `seconds`, between `FEWEST` and `MOST`. once: runs that are timed a single
     time, among the others' first, and not warmed up.
     """
-    start = time.perf_counter()
-    for name, run in runs.items():
-        if name not in once:
-            run.step()
+    for _ in range(warm):
+        start = time.perf_counter()
+        for name, run in runs.items():
+            if name not in once:
+                run.step()
     one_round = time.perf_counter() - start
     if repeats is None:
         repeats = min(max(int(seconds / max(one_round, 1e-9)), FEWEST), MOST)

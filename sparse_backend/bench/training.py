@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_backend.bench import fused_dense
 from sparse_backend.bench.cases import Case
 from sparse_backend.bench.inputs import Batch, Inputs
 from sparse_backend.bench.models import build, framework_of, loss_of
-from sparse_backend.bench.paths import enabled
+from sparse_backend.bench.paths import PATHS
 from sparse_backend.policy import resolve_b_th
 from sparse_backend.surrogate import SpikeGrad
 
@@ -51,8 +52,14 @@ def band(net: Any, case: Case) -> float:
 
 @torch.no_grad()
 def measure_activity(net: Any, case: Case, batch: Batch, width: float | None = None) -> Activity:
-    """What the hidden layers do on a batch, counted as stock runs. width: of the band, where it is known."""
+    """What the hidden layers do on a batch, counted as stock runs. width: of the band, where it is known.
+
+    On a GPU, where stock's loop would take most of the time there is, and where activity is all that a case is brought
+    to, this project's dense kernels are asked.
+    """
     reach = band(net, case) if width is None else width
+    if batch.labels.is_cuda or case.crossover is not None:
+        return dense_activity(net, batch, reach)
     counts = torch.zeros(len(case.hidden), 3)  # spikes, active, all
 
     def counted(layer: int, spike_grad: SpikeGrad) -> SpikeGrad:
@@ -68,6 +75,26 @@ def measure_activity(net: Any, case: Case, batch: Batch, width: float | None = N
         net(batch.dense())
     spikes, active, entries = counts.double().unbind(1)
     return Activity(tuple((100 * spikes / entries).tolist()), tuple((100 * active / entries).tolist()))
+
+
+@torch.no_grad()
+def hidden_x(net: Any, batch: Batch) -> list[Tensor]:
+    """V - threshold of the hidden layers of a `leaky_nets.LeakyNet`, [T, B, N] each."""
+    return [layer.x for layer in fused_dense.layers(net, batch.dense()) if layer.x is not None][:-1]
+
+
+def dense_activity(net: Any, batch: Batch, reach: float) -> Activity:
+    xs = hidden_x(net, batch)
+    spikes, active = [(x > 0).double().mean() for x in xs], [(x.abs() < reach).double().mean() for x in xs]
+    return Activity(tuple(100 * float(share) for share in spikes), tuple(100 * float(share) for share in active))
+
+
+def fitted_band(net: Any, share: float, batch: Batch) -> float:
+    """The b_th at which this share, in %, of the hidden layers' entries is active on a batch."""
+    if share >= 100:
+        return math.inf
+    reach = torch.cat([x.abs().flatten() for x in hidden_x(net, batch)])
+    return float(reach.kthvalue(max(1, round(share / 100 * reach.numel()))).values)
 
 
 @torch.no_grad()
@@ -107,14 +134,15 @@ def train(case: Case, inputs: Inputs, seed: int) -> Trained:
     batches = [inputs.batch(case.batch) for _ in range(BATCHES if case.train_steps else 1)]
     sample = inputs.batch(min(case.batch, 32))
     torch.manual_seed(seed)
-    net = build(case)
+    net = build(case).to(inputs.device)
     calibrate(net, case, sample)
     # a twin on the same parameters: activity is counted on the network itself
-    twin = enabled(copy.deepcopy(net, {id(parameter): parameter for parameter in net.parameters()}), case.b_th)
+    twin = copy.deepcopy(net, {id(parameter): parameter for parameter in net.parameters()})
+    forward = PATHS[case.trains_with].prepare(twin, case.b_th)
     optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
 
     def loss(batch: Batch) -> Tensor:
-        return loss_of(twin(batch.dense() if batch.image else batch.events), batch.labels)
+        return loss_of(forward(batch.dense() if batch.image else batch.events), batch.labels)
 
     losses = []
     for step in range(case.train_steps):
