@@ -71,20 +71,14 @@ def read_idx(path: str | Path) -> Tensor:
 
 
 def load_fashion_mnist(directory: str | Path) -> ImageSet:
-    """Fashion-MNIST from the four official idx files, each plain or with ``.gz``.
+    """Fashion-MNIST from the four official idx files, each plain or with `.gz`: images [n, rows · columns], pixels
+    divided by 255.
 
     Any data set in MNIST's file names and layout is read as well.
 
-    Args:
-        directory: the folder with ``train-images-idx3-ubyte[.gz]``, ``train-labels-idx1-ubyte[.gz]`` and the
-            two ``t10k-`` files.
-
-    Returns:
-        The data set; images ``[n, rows · columns]``, pixels divided by 255.
-
-    Raises:
-        FileNotFoundError: the folder or one of the files is not there.
-        ValueError: a file is damaged, or holds something else than its name says.
+    directory: with `train-images-idx3-ubyte[.gz]`, `train-labels-idx1-ubyte[.gz]` and the two `t10k-` files.
+    Raises FileNotFoundError if the folder or a file is not there, ValueError if a file is damaged, or holds something
+    else than its name says.
     """
     directory = Path(directory)
     if not directory.is_dir():

@@ -18,21 +18,16 @@ WHOLE = (60_000, 10_000)  # recordings of the official training and test set
 def load_nmnist(
     directory: str | Path, steps: int = 300, dt_us: float = 1000.0, polarity: Literal["merge", "both"] = "merge"
 ) -> EventSet:
-    """The official ``Train.zip`` and ``Test.zip``, or the folders ``Train`` and ``Test`` unpacked from them.
+    """The official `Train.zip` and `Test.zip` in `directory`, or the folders `Train` and `Test` unpacked from them.
 
-    A file ``Train/<digit>/<id>.bin`` is a recording of about 300 ms, 5 bytes an event: x, y, one bit of polarity (1:
-    brighter) and 23 bits of time in µs, the most significant first. Archives may hold a part of the recordings only.
+    A file `Train/<digit>/<id>.bin` is a recording of about 300 ms, 5 bytes an event: x, y, one bit of polarity (1:
+    brighter) and 23 bits of time in µs, the most significant first. Archives may hold a part of the recordings only,
+    which the set's `note` then says.
 
-    Args:
-        directory: where they are.
-        steps: T; events at or after ``steps · dt_us`` are left out.
-        dt_us: a step in µs.
-        polarity: "merge" puts both polarities of a pixel on one input, 34 · 34 = 1156, as the paper has it; "both"
-            gives them one each: input ``p · 1156 + y · 34 + x``.
-
-    Raises:
-        FileNotFoundError: the folder, an archive or its recordings are not there.
-        ValueError: a file is damaged or not a recording, or an argument is not one of the above.
+    steps: T; events at or after steps · dt_us are left out; dt_us: a step in µs; polarity: "merge" puts both polarities
+    of a pixel on one input, 34 · 34 = 1156, as the paper has it; "both" gives them one each, p · 1156 + y · 34 + x.
+    Raises FileNotFoundError if the folder, an archive or its recordings are not there, ValueError if a file is damaged
+    or no recording, or an argument is none of the above.
     """
     if polarity not in ("merge", "both"):
         raise ValueError(f"polarity must be 'merge' or 'both', got {polarity!r}")

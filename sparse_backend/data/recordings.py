@@ -20,18 +20,15 @@ SMALL_UNITS = 2**15  # units that int16 holds
 
 
 class Recordings(Dataset):
-    """Labelled samples, each the spikes of ``n_units`` inputs over ``steps`` time steps, kept as events.
+    """Labelled samples, each the spikes of `n_units` inputs over `steps` time steps, kept as events.
 
-    A sample is a pair of an EventTensor ``[T, N]`` and its label. A DataLoader collates samples with
-    :func:`sparse_backend.collate`; :meth:`batch` is the fast way to the same batch.
+    A sample is a pair of an EventTensor [T, N] and its label. A DataLoader collates samples with
+    `sparse_backend.collate`; `batch` is the fast way to the same batch.
 
-    Attributes:
-        times: ``[E]`` int16, the step of each event; a sample's events ascend by (step, unit), each once.
-        units: ``[E]`` int16, int32 from 2**15 units on.
-        ptr: ``[n + 1]`` int64, sample i has the events ``ptr[i] .. ptr[i + 1]``.
-        labels: ``[n]`` int64.
-        steps: T.
-        n_units: N.
+    times: [E] int16, the step of each event; a sample's events ascend by (step, unit), each once; units: [E] int16,
+    int32 from 2**15 units on; ptr: [n + 1] int64, sample i has the events ptr[i] .. ptr[i + 1]; labels: [n] int64;
+    steps: T; n_units: N.
+    Raises ValueError if the parts do not fit together.
     """
 
     def __init__(self, times: Tensor, units: Tensor, ptr: Tensor, labels: Tensor, steps: int, n_units: int) -> None:
@@ -51,11 +48,9 @@ class Recordings(Dataset):
     ) -> Recordings:
         """From one pair of arrays (steps, units) for each sample: integers, in any order.
 
-        Several events of a unit in one step count as one; events at or after ``steps`` are left out.
-
-        Raises:
-            ValueError: a negative step, a unit outside 0..n_units-1, arrays of two lengths, or another number of
-                samples than of labels.
+        Several events of a unit in one step count as one; events at or after `steps` are left out.
+        Raises ValueError for a negative step, a unit outside 0..n_units-1, arrays of two lengths, or another number of
+        samples than of labels.
         """
         kept: list[Tensor] = []
         for position, (when, which) in enumerate(samples):
@@ -100,7 +95,7 @@ class Recordings(Dataset):
         return events, int(self.labels[index])
 
     def batch(self, indices: Tensor | Sequence[int]) -> tuple[EventTensor, Tensor]:
-        """Samples as one batch ``[T, B, N]`` and its labels ``[B]``: linear in events and T·B, nothing is sorted."""
+        """Samples as one batch [T, B, N] and its labels [B]: linear in events and T·B, nothing is sorted."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         begin, count = self.ptr[chosen], self.ptr[chosen + 1] - self.ptr[chosen]
         samples, total = len(chosen), int(count.sum())
@@ -135,10 +130,8 @@ class Recordings(Dataset):
 class EventSet:
     """A data set of events in a training and a test part, of the same T and N.
 
-    Attributes:
-        name: what to call it in tables and plots.
-        classes: how many classes there are.
-        note: what a reader of results must know of it; empty where it is the data set of that name.
+    name: what to call it in tables and plots; classes: how many there are; note: what a reader of results must know of
+    it, empty where it is the data set of that name, whole.
     """
 
     name: str
@@ -164,7 +157,12 @@ class EventSet:
 
 
 def latency_set(images: ImageSet, steps: int, tau_eff: float = TAU_EFF, theta: float = THETA) -> EventSet:
-    """Images as spikes, at most one for each pixel: :func:`latency`, arguments and errors of :func:`latency_events`."""
+    """Images as spikes, at most one for each pixel, at the step T(x) = tau_eff log(x / (x − theta)) where x > theta.
+
+    steps: T; tau_eff: in steps; theta: of pixels in [0, 1].
+    Raises ValueError for pixels that are not finite, or numbers that are not positive.
+    Source: the paper's appendix E.1.
+    """
 
     def coded(pixels: Tensor, labels: Tensor) -> Recordings:
         when = latency(pixels, tau_eff, theta)

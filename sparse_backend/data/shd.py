@@ -18,22 +18,16 @@ CHANNELS, CLASSES = 700, 20
 
 
 def load_shd(directory: str | Path, steps: int = 500, dt_ms: float = 2.0) -> EventSet:
-    """``shd_train.h5`` and ``shd_test.h5``, each plain or with ``.gz``, in their official layout.
+    """`shd_train.h5` and `shd_test.h5` in `directory`, each plain or with `.gz`, in their official layout.
 
-    ``spikes/times`` holds an array of seconds for each recording, ``spikes/units`` one of channels 0..699, ``labels``
-    the classes 0..19: ten digits in English and ten in German.
+    `spikes/times` holds an array of seconds for each recording, `spikes/units` one of channels 0..699, `labels` the
+    classes 0..19: ten digits in English and ten in German.
 
-    Args:
-        directory: where they are.
-        steps: T; events at or after ``steps · dt_ms`` are left out. The longest recordings last 1.37 s, and little
-            happens after the first second, which the default covers; ``note`` says what share of the events is left
-            out.
-        dt_ms: a step in ms.
-
-    Raises:
-        FileNotFoundError: the folder or a file is not there.
-        ImportError: h5py is not installed.
-        ValueError: a file is damaged or holds something else.
+    steps: T; dt_ms: a step in ms. Events at or after steps · dt_ms are left out, and the set's `note` says what share
+    of them that is. The longest recordings last 1.37 s, and little happens after the first second, which the defaults
+    cover.
+    Raises FileNotFoundError if the folder or a file is not there, ImportError without h5py, ValueError if a file is
+    damaged or holds something else.
     """
     if not dt_ms > 0:
         raise ValueError(f"dt_ms must be above 0, got {dt_ms}")

@@ -38,18 +38,14 @@ _AT_ONCE = 64
 
 
 def load_spoken(directory: str | Path, steps: int = 500, seed: int = 0) -> EventSet:
-    """``recordings.zip`` or the folder ``recordings``, with files ``{digit}_{speaker}_{index}.wav``.
+    """`recordings.zip` or the folder `recordings` in `directory`, with files `{digit}_{speaker}_{index}.wav`.
 
     Indices 0 to 4 of each speaker and digit are the test set. All 3,000 recordings take about half a minute.
 
-    Args:
-        directory: where it is.
-        steps: T, of 2 ms each; what is said later is left out.
-        seed: of the channels' thresholds.
-
-    Raises:
-        FileNotFoundError: the folder, the archive or its recordings are not there.
-        ValueError: a file is damaged, is named otherwise, or is not 8 kHz, 16 bit, mono.
+    steps: T, of 2 ms each; what is said later is left out; seed: of the channels' thresholds.
+    Raises FileNotFoundError if the folder, the archive or its recordings are not there, ValueError if a file is
+    damaged, is named otherwise, or is not 8 kHz, 16 bit, mono.
+    Source: the recordings are the Free Spoken Digit Dataset's, the filter bank is described in the module.
     """
     root = directory_of(directory)
     generator = torch.Generator().manual_seed(seed)
