@@ -2,6 +2,7 @@
 #
 #   make demo      train a small network on real data, stock and enabled, and compare
 #   make test      lint, types, and all tests but the slow ones, with the native kernels built
+#   make test-reference   the same tests without the kernels, on the plain-PyTorch reference alone
 #   make bench     measure against stock on this machine          (BENCH_ARGS="...")
 #   make docs      build the documentation, warnings are errors
 #   make doctest   run the examples in docstrings and documents
@@ -18,13 +19,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 INPUTS := pyproject.toml setup.py requirements-ci.txt
 PYTEST_ARGS ?=
+WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test demo bench docs doctest asan gpu-test gpu-bench format format-check clean
+.PHONY: help venv lint test test-reference demo bench docs doctest asan gpu-test gpu-bench format format-check clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/  \1/p' Makefile
@@ -60,8 +62,14 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes, and in each a single thread but where a test asks for more.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+
 test: venv lint
-	SPARSE_BACKEND_BUILD=cpu $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	SPARSE_BACKEND_BUILD=cpu $(TEST) $(PYTEST_ARGS)
+
+test-reference: venv
+	SPARSE_BACKEND_BUILD=none $(TEST) $(PYTEST_ARGS)
 
 doctest: venv
 	$(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' --doctest-continue-on-failure \
