@@ -210,9 +210,14 @@ def test_a_comparison_measures_both_sides():
 
 def test_nothing_is_timed_that_does_not_agree(monkeypatch):
     trainer = Trainer(Experiment("digits", SMALL, 0), tiny(SMALL))
+    losses_of(trainer, 3)
     monkeypatch.setattr(sweep, "_timed", lambda *_: pytest.fail("timed"))
     monkeypatch.setattr(sweep, "mask", lambda net, b_th: gradients.mask(net, 1e-3))
-    with pytest.raises(sweep.Disagreement, match=r"share of 0.999 .* got 1.0000 and 0\."):
+    with pytest.raises(sweep.Disagreement, match=r"gradients by at most 0.001, got 0.0 % and 0\."):
+        sweep.compare(trainer)
+    monkeypatch.undo()
+    monkeypatch.setattr(trainer, "stock", lambda: build(36, CLASSES, SMALL))  # other weights
+    with pytest.raises(sweep.Disagreement, match=r"at most 10 % of the samples may differ .* got 100.0 %"):
         sweep.compare(trainer)
 
 

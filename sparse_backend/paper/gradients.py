@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ def mask(net: Any, b_th: Any) -> None:
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """|got − expected| / |expected|; 0 where both are zero."""
-    norm = float(expected.double().norm())
-    return float((got.double() - expected.double()).norm()) / norm if norm else 0.0
+    norm, off = float(expected.double().norm()), float((got.double() - expected.double()).norm())
+    return off / norm if norm else math.inf if off else 0.0
 
 
 class Watched:

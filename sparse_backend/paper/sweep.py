@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import gc
 import json
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_backend import EventTensor
 from sparse_backend.bench import machine
@@ -37,7 +36,9 @@ VALUES: dict[str, tuple[float, ...]] = {
     "depth": (1, 2, 3, 4, 5),
 }
 REPEATS = 7
-SAME = 0.999  #: least cosine of our gradient with stock's masked one, and share of the readout's values that agree
+CLOSE = 1e-4  #: of the largest value, how far apart two readouts may be
+FLIPPED = 0.1  #: share of the samples whose readouts may be farther apart
+ERROR = 1e-3  #: relative, of a gradient over the other samples
 
 
 def preset_at(preset: Preset, over: str, value: float) -> Preset:
@@ -127,11 +128,12 @@ def compare(trainer: Trainer) -> dict[str, Any]:
         Disagreement: forward or gradients differ, so that no time of theirs may be compared.
     """
     preset = trainer.experiment.preset
-    x, labels = trainer.data.train.batch(torch.arange(min(preset.batch, len(trainer.data.train))))
-    sides = {"stock": Side(trainer.stock(), x.to_dense()), "enabled": Side(copy.deepcopy(trainer.net), x)}
+    indices = torch.arange(min(preset.batch, len(trainer.data.train)))
+    _agree(trainer, indices)
+    x, labels = trainer.data.train.batch(indices)
+    sides = {"stock": Side(trainer.stock(), x.to_dense()), "enabled": Side(trainer.net, x)}
     loss = _loss(trainer, labels)
     dense, sparse = (_gradients(side, loss) for side in sides.values())
-    _agree(trainer, sides, loss, sparse)
     names = [name for name in dense if name.startswith(("linears", "conv", "output")) and name.endswith("weight")]
     neuron = sides["stock"].net.neurons[0]
     times: dict[str, list[Times]] = {name: [] for name in sides}
@@ -189,22 +191,22 @@ def _readout(side: Side) -> Tensor:
     return side.net(side.x)[0]
 
 
-def _agree(trainer: Trainer, sides: dict[str, Side], loss: Callable[[Side], Tensor], sparse: dict[str, Tensor]) -> None:
-    """E1 and E3 in float32: a membrane within rounding of the threshold may spike in one and not in the other, so the
-    bulk has to agree and a rare value need not."""
-    masked = Side(trainer.stock(), sides["stock"].x)
-    mask(masked.net, trainer.experiment.preset.b_th)
-    expected, got = _readout(sides["stock"]), _readout(sides["enabled"])
-    same = float(((expected - got).abs() <= 1e-4 * max(1.0, float(expected.abs().max()))).double().mean())
-    gradients = _gradients(masked, loss)
-    worst = min(
-        float(nn.functional.cosine_similarity(sparse[name].view(-1).double(), value.view(-1).double(), dim=0))
-        for name, value in gradients.items()
-        if value.any()
-    )
-    if min(same, worst) < SAME:
+def _agree(trainer: Trainer, indices: Tensor) -> None:
+    """E1 and E3 in float32. A membrane within rounding of the threshold may spike in one and not in the other: that
+    sample is left out, of which there may be few, and on the others gradients must be those of masked stock."""
+    x, labels = trainer.data.train.batch(indices)
+    expected, got = _readout(Side(trainer.stock(), x.to_dense())), _readout(Side(trainer.net, x))
+    off = (expected - got).abs().amax((0, 2)) > CLOSE * max(1.0, float(expected.abs().max()))
+    share, worst = float(off.double().mean()), 1.0
+    if share <= FLIPPED:
+        x, labels = trainer.data.train.batch(indices[~off])
+        loss, masked = _loss(trainer, labels), trainer.stock()
+        mask(masked, trainer.experiment.preset.b_th)
+        theirs, ours = (_gradients(side, loss) for side in (Side(masked, x.to_dense()), Side(trainer.net, x)))
+        worst = max(relative_error(ours[name], theirs[name]) for name in theirs)
+    if share > FLIPPED or worst > ERROR:
         raise Disagreement(
-            f"{trainer.experiment.id}: before anything is timed, a share of {SAME} of the readout's values must agree "
-            f"with stock and gradients must reach a cosine of {SAME}, got {same:.4f} and {worst:.4f}: "
+            f"{trainer.experiment.id}: before anything is timed, at most {100 * FLIPPED:g} % of the samples may differ "
+            f"from stock's and the others' gradients by at most {ERROR:g}, got {100 * share:.1f} % and {worst:.2g}: "
             "please report this, with the output of python -m sparse_backend doctor"
         )
