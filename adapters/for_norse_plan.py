@@ -240,6 +240,9 @@ def _why_framework(kind: Kind, parts: Parts, shape: torch.Size, dtype: torch.dty
         return f"its input is {dtype}, not float32 or float64"
     if not shape.numel():
         return f"its input has shape {list(shape)}"
+    for name, part in zip(parts._fields, parts, strict=True):
+        if isinstance(part, Tensor) and part.dim() > len(shape):
+            return f"its {name} {list(part.shape)} has more dimensions than its input {list(shape)}"
     return None
 
 

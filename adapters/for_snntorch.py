@@ -158,15 +158,15 @@ def _versions(parts: _Parts) -> tuple[Any, ...]:
 
 def _make_plan(module: Any, state: LayerState, parts: _Parts, shape: torch.Size, dtype: torch.dtype) -> _Plan:
     prepare_to_trace(module, state)
-    tail = shape[1:] if len(shape) > 1 else shape
+    tail = _tail(shape)
     flat = (shape[0] if len(shape) > 1 else 1, tail.numel())
     reset = getattr(parts.state_function, "__name__", "")
     reason = _why_framework(module, parts, shape, dtype, reset)
     neuron = template = why_dense = None
     b_th = math.inf
     if reason is None:
-        beta = _per_neuron(parts.beta, tail, dtype)
-        threshold = _per_neuron(parts.threshold, tail, dtype)
+        beta = _per_neuron(parts.beta, shape, dtype)
+        threshold = _per_neuron(parts.threshold, shape, dtype)
         if beta is None or threshold is None:
             name, part = ("beta", parts.beta) if beta is None else ("threshold", parts.threshold)
             reason = f"its {name} {list(part.shape)} is not one number, or one per neuron of {list(tail)}"
@@ -217,8 +217,17 @@ def _why_framework(module: Any, parts: _Parts, shape: torch.Size, dtype: torch.d
     return surrogate.inspect(parts.spike_grad).problem
 
 
-def _per_neuron(part: Tensor, tail: torch.Size, dtype: torch.dtype) -> Tensor | None:
-    """beta or threshold as [] or [N], differentiably; None where it is neither one number nor one per neuron."""
+def _tail(shape: torch.Size) -> torch.Size:
+    """The neurons of a current [B, ...], or of one without a batch."""
+    return shape[1:] if len(shape) > 1 else shape
+
+
+def _per_neuron(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """beta or threshold as [] or [N], differentiably; None where it is neither one number nor one per neuron of a
+    current of this shape, or has more dimensions than that, which the spikes would then have too."""
+    tail = _tail(shape)
+    if part.dim() > len(shape):
+        return None
     if part.dim() and part.is_floating_point() and part.dtype != dtype:
         return None  # it would promote
     if part.dim() > len(tail) and part.shape[0] != 1:
@@ -237,8 +246,7 @@ def _neuron(plan: _Plan) -> dynamics.Leaky:
     if plan.neuron is not None:
         return plan.neuron
     assert plan.template is not None
-    tail = plan.shape[1:] if len(plan.shape) > 1 else plan.shape
-    beta, threshold = (_per_neuron(part, tail, plan.dtype) for part in (plan.parts.beta, plan.parts.threshold))
+    beta, threshold = (_per_neuron(part, plan.shape, plan.dtype) for part in (plan.parts.beta, plan.parts.threshold))
     assert beta is not None and threshold is not None
     return plan.template._replace(beta=beta.clamp(0, 1), threshold=threshold)
 

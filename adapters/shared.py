@@ -181,6 +181,8 @@ def linear_forward(module: Any, input: Any) -> Any:
         recorded = record_linear(into, state, weight, bias, input)
         if recorded is not None:
             return recorded
+        if type(input) is Placeholder and len(input.shape) != 2:  # not a row of neurons per sample
+            return torch.nn.functional.linear(input, weight, bias)
     return linear(state, weight, bias, input)
 
 
@@ -257,6 +259,7 @@ def record_linear(
         or site.weight is not weight
         or site.bias is not bias
         or site.mode is not into.mode()
+        or site.specs[0].shape[0] != shape[0]
         or not site.is_current()
     ):
         site = LinearSite(into, functools.partial(linear, state, weight, bias), weight, bias)
@@ -284,3 +287,12 @@ def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     if type(x) is EventTensor and -size <= start_dim < size and start_dim % size == end_dim % size:
         return x
     return NotImplemented
+
+
+_functional = torch.nn.functional
+
+
+@implements(_functional.dropout, _functional.dropout1d, _functional.dropout2d, _functional.dropout3d)
+def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """`nn.Dropout` where nothing is dropped, in evaluation: the same object, as torch has it."""
+    return x if 0 <= p <= 1 and (not training or p == 0) and isinstance(x, TensorLike) else NotImplemented

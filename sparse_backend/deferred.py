@@ -16,9 +16,11 @@ from sparse_backend import _native
 from sparse_backend.events import EventTensor
 from sparse_backend.ops import hub as hubs
 from sparse_backend.ops.event_linear import call_event_linear
-from sparse_backend.tensorlike import TensorLike, implements, inside_custom_function
+from sparse_backend.reference.linear_leaky import sums_dtype
+from sparse_backend.tensorlike import TensorLike, implements, inside_custom_function, outside_saved_tensor_hooks
 
 _FLOATS = (torch.float32, torch.float64)
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class WeightHub:
@@ -162,14 +164,14 @@ def _transposed(weight: Tensor) -> Tensor:
 class DeferredCurrent(TensorLike):
     """events [..., M], weight [N, M], bias [N] -> current [..., N], when somebody asks."""
 
-    __slots__ = ("_dense", "_learns", "_looked", "dtype", "events", "hub", "shape")
+    __slots__ = ("_dense", "_learns", "_looked", "_within", "dtype", "events", "hub", "shape")
 
     def __init__(self, events: EventTensor, hub: WeightHub) -> None:
         self.events, self.hub = events, hub
         self.shape = torch.Size((*events.shape[:-1], hub.weight.shape[0]))
-        self.dtype = hub.weight.dtype
+        self.dtype = sums_dtype(hub.weight)
         self._dense: Tensor | None = None
-        self._looked, self._learns = False, torch.is_grad_enabled()
+        self._looked, self._learns, self._within = False, torch.is_grad_enabled(), _hooks(True)
 
     def adopt(self, cache: WeightCache) -> None:
         """Let the neuron that takes this current keep the weight's hub, where the Linear keeps none."""
@@ -194,8 +196,9 @@ class DeferredCurrent(TensorLike):
 
     @property
     def is_deferred(self) -> bool:
-        """Whether a neuron may still take events and weight instead of the current."""
-        return not self._looked
+        """Whether a neuron may still take events and weight instead of the current: not inside a checkpoint that it
+        came to from outside, whose second run may find it looked at."""
+        return not self._looked and _hooks(True) == self._within
 
     def _embody(self) -> None:
         looked = self._looked
@@ -208,7 +211,7 @@ class DeferredCurrent(TensorLike):
             events = self.events
             hub = self.hub = self.hub.verified()
             _native.load()
-            with torch.set_grad_enabled(self._learns):
+            with torch.set_grad_enabled(self._learns), outside_saved_tensor_hooks():
                 flat = call_event_linear(
                     events.row_ptr, events.indices, events.values, events.handle, events.active_ptr,
                     events.active_indices, hub.weight, hub.bias, hub.token, hub.id,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sparse_backend import _native
 from sparse_backend.ops.events import call_events_sum, call_events_to_dense, events_from_dense
-from sparse_backend.tensorlike import TensorLike, implements
+from sparse_backend.tensorlike import TensorLike, implements, outside_saved_tensor_hooks
 
 _INT32_MAX = 2**31 - 1
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -167,7 +167,8 @@ class EventTensor(TensorLike):
         """Events of a strided tensor [..., N], None where more than `max_density` of its entries are events."""
         _native.load()
         plain = dense.detach()
-        if plain.dtype not in _OF_KERNELS:  # half precision, which float32 holds, or whole numbers
+        if plain.dtype not in _OF_KERNELS and not (plain.is_cuda and plain.dtype in _FLOATS):
+            # half precision, which float32 holds, or whole numbers
             plain = plain.to(torch.float32 if plain.is_floating_point() else torch.get_default_dtype())
         row_ptr, indices, values = events_from_dense(plain, max_density)
         if not row_ptr.numel():
@@ -317,7 +318,7 @@ class EventTensor(TensorLike):
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         """The dense tensor [..., N]; made once, differentiable where the handle is, whoever asks first."""
         if self._dense is None or (self._dense.is_inference() and not torch.is_inference_mode_enabled()):
-            with torch.set_grad_enabled(self.learns or torch.is_grad_enabled()):
+            with torch.set_grad_enabled(self.learns or torch.is_grad_enabled()), outside_saved_tensor_hooks():
                 self._dense = self._make_dense()
             if not self._dense.is_inference():
                 self._dense_version = self._dense._version

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,8 +52,34 @@ def dense(value: Any) -> Any:
     return tree_map(lambda leaf: leaf.to_dense() if isinstance(leaf, TensorLike) else leaf, value)
 
 
+def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which torch.compile does not trace, nor anything it calls: compiled code that meets a stand-in
+    breaks its graph there, and what it asks of it is answered as ever."""
+    dynamo: Any = torch._C._dynamo.eval_frame  # torch.compiler.disable would import all of dynamo
+    skip = dynamo._FrameAction.SKIP
+    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
 def _mutates(name: str) -> bool:
     return name in _IN_PLACE or name in _DENSE_FROM_NOW_ON or (name.endswith("_") and not name.endswith("__"))
+
+
+@contextmanager
+def outside_saved_tensor_hooks(wanted: Any = None) -> Iterator[None]:
+    """Torch without the saved-tensor hooks entered since `wanted` were the innermost; with none by default. A stand-in
+    that is made dense inside a checkpoint has its numbers when the checkpoint runs again, which must save as much."""
+    innermost = torch._C._autograd._top_saved_tensors_default_hooks
+    popped = []
+    while (hooks := innermost(True)) is not None and hooks != wanted:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        popped.append(hooks)
+    try:
+        yield
+    finally:
+        for hooks in reversed(popped):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
 
 
 class TensorLike(Tensor):
@@ -83,6 +110,7 @@ class TensorLike(Tensor):
     # What user code asks of a tensor without needing its numbers.
 
     @property
+    @not_compiled
     def requires_grad(self) -> bool:  # type: ignore[override]
         """Whether gradients flow. Whoever asks may be about to record this tensor in C++ (module hooks do)."""
         learns = self._dense.requires_grad if self._dense_only else self.learns  # type: ignore[attr-defined]
@@ -135,6 +163,7 @@ class TensorLike(Tensor):
     def dim(self) -> int:
         return len(self.shape)
 
+    @not_compiled
     def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
         if dim is None:
             return self.shape
@@ -157,6 +186,7 @@ class TensorLike(Tensor):
         return id(self)
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handler = _handlers.get(func)
@@ -176,6 +206,7 @@ class TensorLike(Tensor):
         return func(*dense(args), **dense(kwargs))
 
     @classmethod
+    @not_compiled
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls from C++ that `__torch_function__` never saw, below autograd."""
         return func(*dense(args), **dense(kwargs or {}))

@@ -35,7 +35,15 @@ _ELEMENTWISE = {
     torch.abs, Tensor.abs, Tensor.__abs__, torch.pow, Tensor.pow, Tensor.__pow__,
     torch.clamp, Tensor.clamp, torch.clip, Tensor.clip, torch.where, torch.maximum, torch.minimum,
     torch.gt, Tensor.gt, Tensor.__gt__, torch.lt, Tensor.lt, Tensor.__lt__,
-    torch.ge, Tensor.ge, Tensor.__ge__, torch.le, Tensor.le, Tensor.__le__, Tensor.float, Tensor.double,
+    torch.ge, Tensor.ge, Tensor.__ge__, torch.le, Tensor.le, Tensor.__le__, torch.eq, Tensor.eq, Tensor.__eq__,
+    torch.ne, Tensor.ne, Tensor.__ne__, torch.logical_and, Tensor.logical_and, Tensor.__and__, torch.logical_or,
+    Tensor.logical_or, Tensor.__or__, torch.logical_xor, Tensor.logical_xor, Tensor.__xor__, torch.logical_not,
+    Tensor.logical_not, Tensor.__invert__, torch.masked_fill, Tensor.masked_fill, Tensor.where,
+    torch.clamp_min, Tensor.clamp_min, torch.clamp_max, Tensor.clamp_max, torch.round, Tensor.round, torch.floor,
+    Tensor.floor, torch.sign, Tensor.sign, torch.sin, Tensor.sin, torch.cos, Tensor.cos, torch.erf, Tensor.erf,
+    torch.log1p, Tensor.log1p, torch.rsqrt, Tensor.rsqrt, torch.reciprocal, Tensor.reciprocal, Tensor.__rpow__,
+    torch.addcmul, Tensor.addcmul, torch.lerp, Tensor.lerp, F.mish, F.softsign, F.logsigmoid,
+    Tensor.float, Tensor.double, Tensor.bool, Tensor.to,
 }  # fmt: skip
 
 #: the same numbers in another shape
@@ -55,7 +63,9 @@ _SAMPLEWISE = {
 #: those of them whose cost is memory: no more steps at once than stay in cache
 _IN_CHUNKS = {function for function, dims in _SAMPLEWISE.items() if dims}
 
-#: anything else that is pure, step by step
+_TRANSPOSES: set[Any] = {Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
+
+#: anything else that is pure, step by step; not what refuses some of its numbers, indices say, at the user's line
 _STEPWISE = {
     torch.cat, torch.concat, torch.softmax, Tensor.softmax, F.softmax, F.log_softmax, torch.log_softmax,
     Tensor.log_softmax, torch.sum, Tensor.sum, torch.mean, Tensor.mean, torch.amax, Tensor.amax, torch.amin,
@@ -65,17 +75,43 @@ _STEPWISE = {
     F.normalize, F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm, torch.zeros_like, torch.ones_like,
     torch.detach,
     F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    torch.stack, torch.max, Tensor.max, torch.min, Tensor.min, torch.prod, Tensor.prod, torch.cumsum, Tensor.cumsum,
+    torch.any, Tensor.any, torch.all, Tensor.all, torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.mv,
+    Tensor.mv, torch.outer, Tensor.outer, torch.narrow, Tensor.narrow, torch.movedim, Tensor.movedim, torch.swapaxes,
+    Tensor.swapaxes, torch.roll, Tensor.roll, torch.flip, Tensor.flip, Tensor.expand, Tensor.expand_as, Tensor.repeat,
+    torch.tile, Tensor.tile, *_TRANSPOSES, F.glu, F.prelu, torch.prelu, F.rms_norm, F.cosine_similarity, F.mse_loss,
 }  # fmt: skip
 
+#: what the shape, dtype and device of their first argument decide, not its numbers
+_OF_SHAPE = {
+    torch.full_like, torch.empty_like, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty,
+    Tensor.new_tensor,
+}  # fmt: skip
+
+#: to another dtype or device, which often are the same
+_CASTS = {Tensor.to, Tensor.type_as, Tensor.cpu}
+
 #: those that refuse tensors of different dtypes, which meta tensors do not
-_ONE_DTYPE = {*_SAMPLEWISE, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
+_ONE_DTYPE = {
+    *_SAMPLEWISE, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm,
+    torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.mv, Tensor.mv,
+    F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.batch_norm,
+}  # fmt: skip
+
+#: those that refuse floats, which meta tensors do not
+_OF_BOOLS = {Tensor.__and__, Tensor.__or__, Tensor.__xor__, Tensor.__invert__}
+
+#: masks drawn when they are recorded
+_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 
 _WITHOUT_GRADIENT = {Tensor.detach, torch.detach, torch.zeros_like, torch.ones_like}
 
 #: whose result may share its argument's memory: a write to the one is a write to the other
 _VIEWS = {
     *_RESHAPES, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute, Tensor.t, Tensor.detach, torch.detach,
-    Tensor.contiguous, Tensor.__getitem__, Tensor.float, Tensor.double,
+    Tensor.contiguous, Tensor.__getitem__, Tensor.float, Tensor.double, Tensor.bool,
+    torch.narrow, Tensor.narrow, torch.movedim, Tensor.movedim, torch.swapaxes, Tensor.swapaxes, Tensor.expand,
+    Tensor.expand_as, *_TRANSPOSES,
 }  # fmt: skip
 
 _PURE = {*_ELEMENTWISE, *_RESHAPES, *_SAMPLEWISE, *_STEPWISE}
@@ -103,6 +139,12 @@ def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
             return whole
     if into is None or "out" in kwargs:
         return NotImplemented
+    if function in _CASTS:
+        return (
+            _cast(into, *args, **kwargs) if function is not Tensor.cpu or len(args) > 1 else _cast(into, *args, "cpu")
+        )
+    if function in _OF_SHAPE:
+        return _of_shape(function, *args, **kwargs)
     if function in _PURE:
         if function in _WITH_INPLACE_FLAG and kwargs.get("inplace"):
             return _written(into, function, args[0], (args[0],), {k: v for k, v in kwargs.items() if k != "inplace"})
@@ -119,12 +161,40 @@ def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return NotImplemented if total is None else total
     if function in _IN_PLACE:
         return _written(into, _IN_PLACE[function], args[0], args, kwargs)
-    if function is F.dropout:
-        return _dropout(into, *args, **kwargs)
+    if function in _DROPOUTS:
+        return _dropout(into, function, *args, **kwargs)
     if function is F.batch_norm:
         result = _batch_norm(into, *args, **kwargs)
         return NotImplemented if result is None else result
     return NotImplemented
+
+
+def _cast(into: Recording, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """`x.to(...)`: x itself where it is so already, as torch has it; another dtype is recorded."""
+    device, dtype = x.device, x.dtype
+    for name, value in (*((None, value) for value in args), *kwargs.items()):
+        if isinstance(value, Tensor):
+            device, dtype = value.device, value.dtype
+        elif isinstance(value, torch.dtype):
+            dtype = value
+        elif isinstance(value, (str, torch.device)):
+            device = torch.device(value)
+        elif name != "non_blocking":
+            return NotImplemented
+    if type(x) is not Placeholder or x._dense_only or x.spec.recording is not into or device != x.device:
+        return NotImplemented
+    if dtype is x.dtype:
+        return x
+    result = _record(into, Tensor.to, (x, dtype), {}) if dtype.is_floating_point else None
+    return NotImplemented if result is None else result
+
+
+def _of_shape(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A new tensor like x, made now."""
+    if type(x) is not Placeholder or any(isinstance(part, TensorLike) for part in (*args, *kwargs.values())):
+        return NotImplemented
+    with paused():
+        return function(torch.empty(x.shape, dtype=x.dtype, device=x.device), *args, **kwargs)
 
 
 def _again(function: Any, args: Any, kwargs: dict[str, Any], base: Tensor) -> Tensor:
@@ -191,10 +261,13 @@ def _written(into: Recording, function: Any, target: Any, args: Any, kwargs: dic
 
 def _stacked(tensors: Any, dim: int = 0, **_: Any) -> Any:
     """All steps of one output stacked are the sequence itself."""
-    if dim != 0 or not isinstance(tensors, (list, tuple)) or type(tensors[0]) is not Placeholder:
+    if dim != 0 or not isinstance(tensors, (list, tuple)) or not tensors or type(tensors[0]) is not Placeholder:
         return None
     if any(type(t) is not Placeholder or t._dense_only for t in tensors):
         return None
+    first, then = tensors[0].ref[0], tensors[-1].ref[0]
+    if first.run is None and len(tensors) > 1 and (then is first or then.site is not first.site):
+        return None  # what layers gave in one step, side by side
     tensors[0].run()
     refs = [t.ref for t in tensors]
     pieces: list[Any] = []
@@ -256,12 +329,19 @@ def _running_sum(into: Recording, a: Any, b: Any) -> Placeholder | None:
     return total
 
 
-def _dropout(into: Recording, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    """The mask is drawn now, in the order of the steps; the product with it is recorded."""
-    if type(input) is not Placeholder or inplace or not training or not 0 < p < 1:
+def _dropout(
+    into: Recording, function: Any, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
+    """The mask is drawn now, in the order of the steps; the product with it is recorded. Where nothing is dropped, in
+    evaluation, torch gives what it was given."""
+    if type(input) is not Placeholder or not 0 <= p < 1:
+        return NotImplemented
+    if not training or p == 0:
+        return input
+    if inplace:
         return NotImplemented
     with paused(), torch.no_grad():
-        mask = F.dropout(torch.ones(input.shape, dtype=input.dtype, device=input.device), p, True)
+        mask = function(torch.ones(input.shape, dtype=input.dtype, device=input.device), p, True)
     result = _record(into, torch.mul, (input, mask), {})
     return result if result is not None else input.to_dense() * mask
 
@@ -317,7 +397,7 @@ def _record(
         def call(*values: Any) -> Any:
             return _apply(function, frame, names, values, fixed)
 
-        folded = None if writes else _folded(function, call, first.shape, shape, samplewise)
+        folded = None if writes else _folded(function, call, first.shape, known, samplewise)
         into.sites[key] = site = FunctionSite(into, call, folded, [t for t in fixed if not _is_one_of(t, writes)])
         learns = torch.is_grad_enabled() and any(t.requires_grad if type(t) is not Placeholder else t.learns
                                                  for t in (*tensors, *fixed))  # fmt: skip
@@ -411,6 +491,8 @@ def _shape_of(
     metas = tuple([(t.shape, t.dtype) for t in (*tensors, *fixed)])
     if function in _ONE_DTYPE and len({dtype for _, dtype in metas}) > 1:
         return None
+    if function in _OF_BOOLS and any(dtype is not torch.bool for _, dtype in metas):
+        return None
     key = (function, _anonymous(frame), names, metas, torch.get_default_dtype())
     if key in _shapes:
         return _shapes[key]
@@ -437,14 +519,19 @@ def _anonymous(frame: Any) -> Any:
 
 
 def _folded(
-    function: Any, call: Callable[..., Any], shape: torch.Size, out: torch.Size, samplewise: int | None
+    function: Any,
+    call: Callable[..., Any],
+    shape: torch.Size,
+    known: tuple[torch.Size, torch.dtype],
+    samplewise: int | None,
 ) -> Callable[..., Tensor | None] | None:
     """How T calls become one: (T, which tensors are one for all steps, *tensors) -> [T, *out], None where they cannot.
-    shape: of the first placeholder in one step; out: of the result."""
+    shape: of the first placeholder in one step; known: shape and dtype of the result."""
+    out, dtype = known
     if function in _RESHAPES:
         return lambda steps, constant, x, *_: None if constant[0] else x.reshape(steps, *out)
     if function in _ELEMENTWISE:
-        return lambda steps, constant, *tensors: _elementwise(call, steps, constant, out, tensors)
+        return lambda steps, constant, *tensors: _elementwise(call, steps, constant, out, dtype, tensors)
     dims = _SAMPLEWISE.get(function, samplewise)
     if dims is None or len(shape) < 2 or (dims and len(shape) != dims) or len(out) < 1 or out[0] != shape[0]:
         return None
@@ -455,11 +542,18 @@ def _folded(
 
 
 def _elementwise(
-    call: Callable[..., Tensor], steps: int, constant: Sequence[bool], out: torch.Size, tensors: Sequence[Tensor]
+    call: Callable[..., Tensor],
+    steps: int,
+    constant: Sequence[bool],
+    out: torch.Size,
+    dtype: torch.dtype,
+    tensors: Sequence[Tensor],
 ) -> Tensor | None:
-    """Sequences must have as many dimensions as the result, so that what is one for all steps lines up with them."""
+    """Sequences must have as many dimensions as the result, so that what is one for all steps lines up with them. The
+    dtype is another where a step has no dimension: a constant without one then counts as much as it, but less than
+    the sequence."""
     for same, tensor in zip(constant, tensors, strict=True):
         if tensor.dim() > len(out) if same else tensor.dim() != len(out) + 1:
             return None
     result = call(*tensors)
-    return result if result.shape == (steps, *out) else None
+    return result if result.shape == (steps, *out) and result.dtype is dtype else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sparse_backend.events import EventTensor
-from sparse_backend.tensorlike import NOTHING, TensorLike
+from sparse_backend.tensorlike import NOTHING, TensorLike, not_compiled, outside_saved_tensor_hooks
 
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _grad_enabled = torch.is_grad_enabled
@@ -192,9 +192,10 @@ class Placeholder(TensorLike):
         base._views = (*base._views, _weak(self))
 
     def dense_from_now_on(self) -> Tensor:
-        """What is written to it is written to what it is a view of, and to the views of it."""
+        """What is written to it is written to what it is a view of, and to the views of it. Calls recorded before
+        that take what it is now."""
+        self.spec.recording.flush(forced=True)
         if not self._dense_only:
-            self.run()
             with torch.set_grad_enabled(self.ref[0].site.mode):
                 if self._base_of is not None:
                     base, again = self._base_of
@@ -226,6 +227,7 @@ class Placeholder(TensorLike):
         return repr(self.to_dense())
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from sparse_backend.timefusion.functions import on_placeholders
 
@@ -346,7 +348,7 @@ class Recording:
 
     def watch(self, tensor: Tensor) -> None:
         """Remember that a recorded call will read this tensor of the caller's."""
-        self.watched.append((tensor, tensor._version, False))
+        self.watched.append((tensor, _version(tensor), False))
 
     def _check_unchanged(self, sites: Iterable[Site]) -> None:
         watched, self.watched = self.watched, []
@@ -372,6 +374,8 @@ class Recording:
     def input_ref(self, x: Any) -> Any:
         """How a node remembers an input: a placeholder of this recording by its node, anything else as it is."""
         if type(x) is Placeholder:
+            if x._dense is not None:  # whoever has looked at it may hold a view
+                self.watch(x._dense)
             if x._dense_only or x.spec.recording is not self:
                 return x.to_dense()
             return use(x.ref)
@@ -415,10 +419,7 @@ class Recording:
                 stack.enter_context(torch._C._DisableAutocast())
             if _functorch_active():
                 stack.enter_context(torch._C._DisableFuncTorch())
-            while _hooks(True) is not None and _hooks(True) != self.hooks:
-                hooks = _hooks(True)
-                torch._C._autograd._pop_saved_tensors_default_hooks()
-                stack.callback(torch._C._autograd._push_saved_tensors_default_hooks, *hooks)
+            stack.enter_context(outside_saved_tensor_hooks(self.hooks))
             yield
 
     def _run(self, site: Site) -> None:
