@@ -60,4 +60,4 @@ def _sweep(arguments: argparse.Namespace, command: str) -> None:
 def _figures(arguments: argparse.Namespace, command: str) -> None:
     from .figures import draw
 
-    draw(arguments.results, arguments.out, arguments.page)
+    draw(arguments.results, arguments.out, arguments.page, arguments.choosing)

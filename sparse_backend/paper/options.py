@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     figures.add_argument("--results", type=Path, default=OUT, metavar="DIR", help="default: %(default)s")
     figures.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="default: %(default)s")
     figures.add_argument("--page", type=Path, metavar="FILE", help="also write the page of tables and figures there")
+    figures.add_argument("--choosing", type=Path, metavar="FILE", help="also make this page's section on b_th anew")
     return top
 
 

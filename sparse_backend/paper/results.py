@@ -91,7 +91,7 @@ class Mean(NamedTuple):
 
     value: float
     error: float | None  #: standard error; None of one value
-    count: int
+    seeds: int
 
     def __str__(self) -> str:
         return f"{self.value:.2f}" + ("" if self.error is None else f" ± {self.error:.2f}")
@@ -511,7 +511,7 @@ def _epoch(value: Any, where: str) -> Epoch:
     names = ("loss", "train_accuracy", "test_accuracy", "seconds", "step_ms") if epoch else ()
     numbers = {name: fields.take(name, _number) for name in names}
     fields.done()
-    return Epoch(epoch, *active, **numbers)
+    return Epoch(epoch, *active, **numbers)  # type: ignore[arg-type]
 
 
 def _parameter(value: Any, where: str) -> ParameterError:
@@ -574,7 +574,8 @@ def _timed(value: Any, where: str) -> Timed:
         parts.done()
         return medians
 
-    timed = Timed(*fields.take("ms", of_parts), fields.take("kept_bytes", _above_zero))
+    forward, backward, whole = fields.take("ms", of_parts)
+    timed = Timed(forward, backward, whole, fields.take("kept_bytes", _above_zero))
     fields.done()
     return timed
 

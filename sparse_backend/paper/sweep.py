@@ -129,12 +129,10 @@ def compare(trainer: Trainer) -> dict[str, Any]:
     """
     preset = trainer.experiment.preset
     indices = torch.arange(min(preset.batch, len(trainer.data.train)))
-    _agree(trainer, indices)
+    errors = _gradient_errors(trainer, indices[_agree(trainer, indices)])
     x, labels = trainer.data.train.batch(indices)
     sides = {"stock": Side(trainer.stock(), x.to_dense()), "enabled": Side(trainer.net, x)}
     loss = _loss(trainer, labels)
-    dense, sparse = (_gradients(side, loss) for side in sides.values())
-    names = [name for name in dense if name.startswith(("linears", "conv", "output")) and name.endswith("weight")]
     neuron = sides["stock"].net.neurons[0]
     times: dict[str, list[Times]] = {name: [] for name in sides}
     order = list(sides)
@@ -151,7 +149,7 @@ def compare(trainer: Trainer) -> dict[str, Any]:
     return {
         "mass_pct": 100 * mass_of_b_th(neuron.spike_grad, resolve_b_th(preset.b_th, neuron.spike_grad)),
         **measured,
-        "gradient_error": [relative_error(sparse[name], dense[name]) for name in names],
+        "gradient_error": errors,
     }
 
 
@@ -191,9 +189,9 @@ def _readout(side: Side) -> Tensor:
     return side.net(side.x)[0]
 
 
-def _agree(trainer: Trainer, indices: Tensor) -> None:
-    """E1 and E3 in float32. A membrane within rounding of the threshold may spike in one and not in the other: that
-    sample is left out, of which there may be few, and on the others gradients must be those of masked stock."""
+def _agree(trainer: Trainer, indices: Tensor) -> Tensor:
+    """Which samples agree with stock's: E1 and E3 in float32. A membrane within rounding of the threshold may spike in
+    one and not in the other: there may be few such samples, and on all others gradients must be masked stock's."""
     x, labels = trainer.data.train.batch(indices)
     expected, got = _readout(Side(trainer.stock(), x.to_dense())), _readout(Side(trainer.net, x))
     off = (expected - got).abs().amax((0, 2)) > CLOSE * max(1.0, float(expected.abs().max()))
@@ -210,3 +208,12 @@ def _agree(trainer: Trainer, indices: Tensor) -> None:
             f"from stock's and the others' gradients by at most {ERROR:g}, got {100 * share:.1f} % and {worst:.2g}: "
             "please report this, with the output of python -m sparse_backend doctor"
         )
+    return ~off
+
+
+def _gradient_errors(trainer: Trainer, indices: Tensor) -> list[float]:
+    """Relative, sparse against stock, of each linear or convolutional layer's weight, input to output."""
+    x, labels = trainer.data.train.batch(indices)
+    loss = _loss(trainer, labels)
+    dense, sparse = (_gradients(side, loss) for side in (Side(trainer.stock(), x.to_dense()), Side(trainer.net, x)))
+    return [relative_error(sparse[name], dense[name]) for name in dense if name.endswith("weight")]
