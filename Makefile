@@ -8,6 +8,7 @@
 #   make doctest   run the examples in docstrings and documents
 #   make asan      the kernel tests under the address sanitizer
 #   make gpu-test  the CUDA kernels on this machine's GPU; uses $(PYTHON) and what it has, makes no environment
+#   make gpu-kernels gpu-compile gpu-models gpu-memcheck gpu-racecheck   its pieces, each for itself
 #   make gpu-bench measure on this machine's GPU, in the same way (BENCH_ARGS="...")
 #   make format    format Python and C++
 #   make clean     remove what the above made, .venv included
@@ -27,6 +28,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv lint test test-reference demo bench docs doctest asan gpu-test gpu-bench format format-check clean
+.PHONY: gpu-build gpu-kernels gpu-compile gpu-models gpu-memcheck gpu-racecheck
 
 help:
 	@sed -n 's/^#  *\(make .*\)/  \1/p' Makefile
@@ -89,23 +91,32 @@ asan: venv
 GPU := CUBLAS_WORKSPACE_CONFIG=:4096:8 SPARSE_BACKEND_BUILD=cuda PYTHONPATH=$(CURDIR)
 GPU_PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 SANITIZER := compute-sanitizer --error-exitcode 3 --launch-timeout 0
-gpu-test:
+gpu-test: gpu-kernels gpu-compile gpu-models gpu-memcheck gpu-racecheck
+
+gpu-build:
 	$(GPU) $(PYTHON) -m sparse_backend doctor --build
-	$(GPU) $(GPU_PYTEST) tests/test_cuda_device*.py tests/test_cuda_compile.py tests/test_cuda_build.py $(PYTEST_ARGS)
+
+gpu-kernels: gpu-build
+	$(GPU) $(GPU_PYTEST) tests/test_cuda_device*.py $(PYTEST_ARGS)
+
+gpu-compile:
+	$(GPU) $(GPU_PYTEST) tests/test_cuda_compile.py tests/test_cuda_build.py $(PYTEST_ARGS)
+
+gpu-models: gpu-build
 	@if ! $(PYTHON) -c 'import snntorch, norse' 2>/dev/null; then \
 	  echo "SKIPPED: whole models against the stock frameworks, snnTorch and Norse are not installed"; \
 	else $(GPU):tests $(GPU_PYTEST) -q -p emulation.gpu_everywhere tests/test_functional.py \
-	  tests/test_lif_functional.py tests/test_snntorch_equality.py tests/test_norse_equality.py; fi
+	  tests/test_lif_functional.py tests/test_snntorch_equality.py tests/test_norse_equality.py $(PYTEST_ARGS); fi
+
+gpu-memcheck gpu-racecheck: gpu-%: gpu-build
 	@if ! command -v compute-sanitizer >/dev/null; then \
 	  echo "SKIPPED: compute-sanitizer is not on this machine; the CUDA toolkit has it"; \
-	else set -e; for tool in memcheck racecheck; do \
-	  echo "compute-sanitizer --tool $$tool"; \
-	  $(GPU) PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool \
+	else echo "compute-sanitizer --tool $*"; \
+	  $(GPU) PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $* \
 	    $(GPU_PYTEST) -q tests/test_cuda_device_*ops.py -k "twin or events or ties or finite" $(PYTEST_ARGS); \
-	done; fi
+	fi
 
-gpu-bench:
-	SPARSE_BACKEND_BUILD=cuda PYTHONPATH=$(CURDIR) $(PYTHON) -m sparse_backend doctor --build
+gpu-bench: gpu-build
 	SPARSE_BACKEND_BUILD=cuda PYTHONPATH=$(CURDIR) $(PYTHON) -m sparse_backend bench --device cuda $(BENCH_ARGS)
 
 format: venv

@@ -462,6 +462,16 @@ def test_a_captured_run_computes_the_same_of_the_input_it_is_given():
     assert all(torch.equal(run.gradients()[name], gradient) for name, gradient in gradients.items())
 
 
+def test_no_earlier_pass_lives_when_a_captured_one_begins():
+    """Its nodes would be taken again, and with them the stream they were made on."""
+    run = graph.run_of(paths.PATHS[cases.GRAPH], _net(), 0.2, Inputs(TINY, 0).batch(4))
+    forward, alive = run.forward, []
+    run.forward = lambda x: [alive.append(run._loss), forward(x)][1]
+    run.evaluate()
+    run.step()
+    assert alive == [None] * 3 and run._loss.requires_grad
+
+
 def test_what_cannot_be_captured_is_left_out(monkeypatch):
     def fail(self, *works):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -471,6 +481,18 @@ def test_what_cannot_be_captured_is_left_out(monkeypatch):
     row = measure.measure(case, measure.Settings(repeats=1))["rows"][1]
     assert row["left_out"] == "it cannot be captured: operation not permitted when stream is capturing"
     assert "ms" not in row
+
+
+def test_a_capture_that_fails_after_the_check_leaves_the_other_paths(monkeypatch):
+    def run_of(path, *rest):
+        if path.captured:
+            raise paths.Unavailable("it cannot be captured: no memory")
+        return graph.run_of(path, *rest)
+
+    monkeypatch.setattr(measure, "run_of", run_of)
+    case = dataclasses.replace(TINY, paths=(cases.STOCK, cases.GRAPH), kernels=False)
+    stock, captured = measure.measure(case, measure.Settings(repeats=1))["rows"]
+    assert "ms" in stock and captured["left_out"] == "it cannot be captured: no memory"
 
 
 def test_a_copy_rate_is_that_of_the_clock():
@@ -697,6 +719,11 @@ def test_main_measures_writes_and_renders(stand_in, tmp_path, capsys):
     assert "### crossing" not in text and "Not measured" not in text
     table = render.summary([render.load(file)])
     assert "| tiny: 30-16-12-4, T 10 | " in table and "crossing" not in table and "your loop, dense input" in table
+    medians = {cases.STOCK: 100, cases.FUSED: 10, cases.FUSED_GRAPH: 4, cases.SEQUENCE: 5, cases.GRAPH: 2}
+    for name, median in medians.items():
+        rows[name]["ms"]["whole"]["median"] = median
+    table = render.summary([content])
+    assert "| 20.0× / 2.0× | " in table and "| 50.0× / 2.0× | " in table, "a graph is held against a graph"
 
 
 def test_a_case_that_fails_does_not_end_the_run(stand_in, tmp_path, monkeypatch, capsys):
@@ -711,8 +738,26 @@ def test_a_case_that_fails_does_not_end_the_run(stand_in, tmp_path, monkeypatch,
     monkeypatch.setattr(measure, "measure", fail)
     stand_in["tiny"] = dataclasses.replace(TINY, paths=(cases.STOCK, cases.SEQUENCE), kernels=False)
     assert main(["--device", "cuda", "--repeats", "1", "--json", str(file)]) == 1
-    assert "crossing: FAILED, CUDA out of memory\n" in capsys.readouterr().out
-    assert len(json.loads(file.read_text())["cases"]) == 1
+    failure = "crossing: FAILED, OutOfMemoryError: CUDA out of memory"
+    assert failure + "\n" in capsys.readouterr().out
+    content = json.loads(file.read_text())
+    assert [result["case"]["name"] for result in content["cases"]] == ["tiny"]
+    assert content["failed"] == {"crossing": "OutOfMemoryError: CUDA out of memory"}
+    assert f"- {failure}\n" in render.markdown([content])
+    content["failed"]["tiny"] = "measured in another file"
+    assert "tiny: FAILED" not in render.markdown([content])
+
+
+def test_a_run_whose_cases_all_fail_is_written_too(stand_in, tmp_path, monkeypatch):
+    def fail(*args):
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(measure, "measure", fail)
+    file = tmp_path / "a.json"
+    assert main(["--device", "cuda", "--json", str(file)]) == 1
+    content = json.loads(file.read_text())
+    assert content["cases"] == [] and content["failed"] == dict.fromkeys(stand_in, "AttributeError: no such thing")
+    assert "## GPU" in render.markdown([content])
 
 
 def test_without_snntorch_stock_is_rebuilt_and_says_so(stand_in, monkeypatch, capsys):

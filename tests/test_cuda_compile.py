@@ -21,6 +21,8 @@ OPS = sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
 NVCC = _build.find_nvcc()
 ARCHS = sorted({80, 90, max(_build.nvcc_archs(NVCC), default=0)})
 
+STANDARD, OLDEST = "-std=c++20", "-std=c++17"  # what torch compiles with, and torch 2.11
+
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are not compiled on this machine")
 
 #: 12 warps of a multiprocessor's 65536 registers: below that, too few loads are in flight
@@ -67,19 +69,22 @@ ptxas info    : Used 39 registers"""
     ]
 
 
+def nvcc(source: Path, out: Path, description: _build.Description, *flags: str) -> str:
+    """What it says of a source compiled as the library's are, with warnings as errors."""
+    include = [f"-I{path}" for path in description.include_dirs]
+    command = [NVCC, *description.nvcc_flags, *flags, "-Werror", "all-warnings", *include]
+    command += ["-c", str(source), "-o", str(out / f"{source.stem}.o")]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert answer.returncode == 0, f"{source.name}:\n{answer.stdout[-4000:]}{answer.stderr[-4000:]}"
+    return answer.stdout + answer.stderr
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[str, list[Usage]]:
-    """Kernels of every file, compiled as the library is and with warnings as errors."""
+    """Kernels of every file, for all targets."""
     out = tmp_path_factory.mktemp("nvcc")
     description = _build.describe_cuda([f"sm_{arch}" for arch in ARCHS])
-    flags = [*description.nvcc_flags, "-std=c++20", "-Werror", "all-warnings", "-Xptxas", "-v"]
-    include = [f"-I{path}" for path in description.include_dirs]
-    found = {}
-    for source in KERNELS:
-        command = [NVCC, *flags, *include, "-c", str(source), "-o", str(out / f"{source.stem}.o")]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        assert answer.returncode == 0, f"{source.name}:\n{answer.stdout[-4000:]}{answer.stderr[-4000:]}"
-        found[source.stem] = usages(answer.stdout + answer.stderr)
+    found = {source.stem: usages(nvcc(source, out, description, STANDARD, "-Xptxas", "-v")) for source in KERNELS}
     report = ROOT / "build" / "ptxas-report.txt"
     report.parent.mkdir(exist_ok=True)
     lines = [f"nvcc {_build.nvcc_version(NVCC)}; registers, stack frame, spills, shared memory (bytes)"]
@@ -109,6 +114,12 @@ def test_every_kernel_of_a_source_is_in_its_report(compiled):
         assert written == {usage.kernel.partition("<")[0] for usage in compiled[path.stem]}
 
 
+@needs_nvcc
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_kernels_compile_for_the_oldest_torch(source, tmp_path):
+    nvcc(source, tmp_path, _build.describe_cuda(["compute_80"]), OLDEST)
+
+
 @pytest.mark.skipif(_build.find_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("source", OPS, ids=lambda path: path.stem)
 def test_ops_compile_for_the_oldest_torch(source):
@@ -118,7 +129,7 @@ def test_ops_compile_for_the_oldest_torch(source):
     includes = [f"-isystem{torch_include}", f"-isystem{torch_include / 'torch/csrc/api/include'}"]
     command = [
         *_build.find_compiler().split(),
-        "-std=c++20",
+        OLDEST,
         "-fsyntax-only",
         "-Werror",
         *description.cflags,

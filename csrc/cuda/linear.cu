@@ -294,12 +294,15 @@ bool aligned_rows(const T* data, int64_t columns) {
 // Calls run(weight) with the type its numbers are stored in.
 template <typename T, typename Run>
 int with_storage(const StoredWeight& weight, Run&& run) {
-    const auto as = [&]<typename W>(W) { return Weight<W>{static_cast<const W*>(weight.data), weight.stride}; };
+    const auto as = [&](auto number) {
+        using W = decltype(number);
+        return run(Weight<W>{static_cast<const W*>(weight.data), weight.stride});
+    };
     if constexpr (std::is_same_v<T, float>) {
-        if (weight.storage == Storage::kHalf) return run(as(Half{}));
-        if (weight.storage == Storage::kBFloat16) return run(as(BFloat16{}));
+        if (weight.storage == Storage::kHalf) return as(Half{});
+        if (weight.storage == Storage::kBFloat16) return as(BFloat16{});
     }
-    return run(as(T{}));
+    return as(T{});
 }
 
 }  // namespace
@@ -315,7 +318,8 @@ int transpose(const T* from, int64_t rows, int64_t columns, int64_t row_stride, 
 template <typename T>
 int currents(const Events<T>& input, int64_t first, int64_t rows, const StoredWeight& weight, const T* bias,
              int64_t neurons, T* current, Stream stream) {
-    return with_storage<T>(weight, [&]<typename W>(const Weight<W>& w) {
+    return with_storage<T>(weight, [&](const auto& w) {
+        using W = std::decay_t<decltype(*w.data)>;
         return launch(currents_kernel<T, W>, dim3(blocks_for(rows, kGroups), blocks_for(neurons, kSlice<W>)), kThreads,
                       stream, input, first, rows, w, bias, neurons, current, aligned_rows(current, neurons));
     });
@@ -324,7 +328,8 @@ int currents(const Events<T>& input, int64_t first, int64_t rows, const StoredWe
 template <typename T>
 int input_gradient(const T* delta, int64_t neurons, const StoredWeight& weight, const Rows& wanted, int64_t first,
                    int64_t rows, T* grad, Stream stream) {
-    return with_storage<T>(weight, [&]<typename W>(const Weight<W>& w) {
+    return with_storage<T>(weight, [&](const auto& w) {
+        using W = std::decay_t<decltype(*w.data)>;
         return launch(input_gradient_kernel<T, W>, dim3(blocks_for(rows, kGroups)), kThreads, stream, delta, neurons, w,
                       wanted, first, rows, grad, aligned_rows(delta, neurons));
     });

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib.util
 import json
 import os
@@ -140,23 +141,24 @@ def _measure(options: argparse.Namespace) -> int:
 
     threads = measure.set_threads(options.threads)
     results: list[dict[str, Any]] = []
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     where: dict[str, Any] = {}
     try:
         for case in cases:
             try:
                 results.append(measure.measure(case, settings, images, _say))
-            except RuntimeError as error:
+                told = render.text_table(results[-1])
+            except Exception as error:  # the others are to be measured while the GPU is there
                 if not on_gpu:
                     raise
                 first, _, _ = str(error).partition("\n")
-                failed.append(f"{case.name}: FAILED, {first}")
-                print(failed[-1] + "\n", flush=True)
-                continue
+                failed[case.name] = f"{type(error).__name__}: {first}"
+                told = render.failure(case.name, failed[case.name])
             _say("")
-            print(render.text_table(results[-1]) + "\n", flush=True)
+            print(told + "\n", flush=True)
+            gc.collect()  # of a case that failed for want of memory, whatever is left
             where = where or machine.describe(device)
-            content = _content(options, results, where)
+            content = _content(options, results, failed, where)
             if options.json is not None:
                 _write(options.json, content)
     finally:
@@ -164,8 +166,8 @@ def _measure(options: argparse.Namespace) -> int:
     if results:
         print(render.closing(content))
         print("a quick run: not held against the targets" if not settings.judged else render.tally(results))
-    for line in failed:
-        print(line)
+    for name, why in failed.items():
+        print(render.failure(name, why))
     return 1 if failed or any("refused" in row for result in results for row in result["rows"]) else 0
 
 
@@ -185,11 +187,14 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
     return [known[name] for name in dict.fromkeys(names)]
 
 
-def _content(options: argparse.Namespace, results: list[dict[str, Any]], where: dict[str, Any]) -> dict[str, Any]:
+def _content(
+    options: argparse.Namespace, results: list[dict[str, Any]], failed: dict[str, str], where: dict[str, Any]
+) -> dict[str, Any]:
     from sparse_backend.bench import render
 
     title = options.title or ("GPU" if options.device == "cuda" else "CPU")
-    return render.document(results, {"title": title, **where, "seed": options.seed, "quick": options.quick})
+    asked = {"seed": options.seed, "quick": options.quick}
+    return render.document(results, {"title": title, **where, **asked, "failed": failed})
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

@@ -26,10 +26,15 @@ class CapturedRun(Run):
     def __init__(self, path: Path, net: Any, b_th: BTh, batch: Batch, dense: Tensor | None = None) -> None:
         super().__init__(path, net, b_th, batch, dense)
         self._static = copy.deepcopy(self.input) if type(self.input) is EventTensor else self.input
+        self._mem: Any = None
+        self._loss: Any = None
         self._capture(None)
 
     def _capture(self, samples: Tensor | None) -> None:
         def forward() -> None:
+            self._mem = self._loss = (
+                None  # a pass that lives on would accumulate gradients on the stream it was made on
+            )
             output = self.forward(self._static)
             self._mem, self._loss = output.mem, loss_of(output, self.labels, samples)
 

@@ -76,6 +76,8 @@ def _measure(case: Case, settings: Settings, images: ImageSet | None, say: Calla
     for name, row in rows.items():
         try:
             verdict = gate.judge(PATHS[name])
+            if verdict.problem is None:
+                runs[name] = run_of(PATHS[name], trained.net, case.b_th, batch, dense)
         except Unavailable as error:
             row["left_out"] = str(error)
             continue
@@ -83,7 +85,6 @@ def _measure(case: Case, settings: Settings, images: ImageSet | None, say: Calla
         if verdict.problem is not None:
             row["refused"] = verdict.problem
             continue
-        runs[name] = run_of(PATHS[name], trained.net, case.b_th, batch, dense)
         if note := PATHS[name].note:
             row["note"] = note(batch.labels.device)
     del gate

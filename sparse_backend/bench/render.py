@@ -145,6 +145,11 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def failure(case: str, why: str) -> str:
+    """Of a case that could not be measured."""
+    return f"{case}: FAILED, {why}"
+
+
 def _target(target: Mapping[str, Any]) -> str:
     share = f"{100 * target['got']:.2g} %"
     got = {"kept": share, "peak": share, "recording": f"{target['got']:.1f} µs"}.get(
@@ -283,8 +288,9 @@ def _is_gpu(content: Mapping[str, Any]) -> bool:
 
 
 def merged(contents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Results of one title as one, at the place of the first: their cases in the registry's order, and "where", a
-    line for each machine and state of the code with the cases it is of. Raises ValueError if they share a case."""
+    """Results of one title as one, at the place of the first: their cases in the registry's order; "failed", why those
+    that no file has measured were not; and "where", a line for each machine and state of the code with what it is of.
+    Raises ValueError if they share a case."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for content in contents:
         groups.setdefault(content["title"], []).append(content)
@@ -292,8 +298,9 @@ def merged(contents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _merged(title: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    order = {name: place for place, name in enumerate([*CASES, *GPU_CASES])}
+    places = {name: place for place, name in enumerate([*CASES, *GPU_CASES])}
     cases: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     where: dict[str, list[str]] = {}
     for content in group:
         for result in content["cases"]:
@@ -302,11 +309,22 @@ def _merged(title: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"{title}: expected each case in one file only, got {name} in two; remove one")
             cases[name] = result
             where.setdefault(where_line(content), []).append(name)
-    names = sorted(cases, key=lambda name: order.get(name, len(order)))
-    lines = [
-        line if len(where) == 1 else f"{', '.join(sorted(of, key=names.index))}: {line}" for line, of in where.items()
-    ]
-    return {"title": title, "where": lines, "cases": [cases[name] for name in names]}
+    for content in group:
+        for name, why in content.get("failed", {}).items():
+            if name not in cases:
+                failed[name] = why
+                where.setdefault(where_line(content), []).append(name)
+
+    def order(name: str) -> int:
+        return places.get(name, len(places))
+
+    lines = [line if len(where) == 1 else f"{', '.join(sorted(of, key=order))}: {line}" for line, of in where.items()]
+    return {
+        "title": title,
+        "where": lines,
+        "cases": [cases[name] for name in sorted(cases, key=order)],
+        "failed": failed,
+    }
 
 
 def tally(results: Sequence[Mapping[str, Any]]) -> str:
@@ -363,6 +381,8 @@ def markdown(contents: Sequence[Mapping[str, Any]]) -> str:
         for line in content["where"][:-1]:
             lines += [line + ".", ""]
         lines.append(content["where"][-1] + ". " + tally(content["cases"]).capitalize() + ".")
+        if content["failed"]:
+            lines += ["", *(f"- {failure(name, why)}" for name, why in content["failed"].items())]
         for result in content["cases"]:
             if is_crossover(result):
                 continue
@@ -478,7 +498,8 @@ def _gpu_table(results: Sequence[Mapping[str, Any]], where: str) -> str:
     batch = results[0]["case"]["batch"]
     stock = f" {OF_REBUILT}" if any(result["case"]["framework"] == REBUILT for result in results) else ""
     lines = [
-        "One training step on a GPU against stock snnTorch / against a fused dense time loop, at b_th 0.2 and "
+        "One training step on a GPU against stock snnTorch / against a fused dense time loop, a graph against that "
+        "loop's graph, at b_th 0.2 and "
         f"fast_sigmoid(slope=100), batch {batch} unless the case says otherwise. {where}.{stock}",
         "",
         "| case | stock ms | fused ms | " + " | ".join(columns.values()) + " | kept for backward | peak |",
@@ -486,7 +507,8 @@ def _gpu_table(results: Sequence[Mapping[str, Any]], where: str) -> str:
     ]
     for result in results:
         rows = _timed(result)
-        ratios = [_both_ratios(rows, path, ("stock", "fused-dense")) for path in columns]
+        fused = {path: "fused-dense-graph" if path == "graph" else "fused-dense" for path in columns}
+        ratios = [_both_ratios(rows, path, ("stock", fused[path])) for path in columns]
         times = _whole_ms(rows, "stock"), _whole_ms(rows, "fused-dense", 2)
         peak = rows.get("sequence", {}).get("peak_share")
         shares = _kept_share(rows, "sequence"), "–" if peak is None else f"{100 * peak:.1f} %"
