@@ -134,7 +134,7 @@ def test_help_lists_the_commands(capsys):
 def test_an_unknown_command_is_one_clear_line(capsys):
     assert command_line.main(["docter"]) == 2
     text = capsys.readouterr().err
-    assert text == "sparse_backend: expected a command (doctor, bench, demo), got 'docter'; see --help\n"
+    assert text == "sparse_backend: expected a command (doctor, bench, paper, demo), got 'docter'; see --help\n"
 
 
 def test_no_command_shows_the_usage(capsys):
