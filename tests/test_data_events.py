@@ -94,11 +94,12 @@ def test_many_units():
     assert recordings[0][0].to_dense().nonzero().tolist() == [[0, 40_000], [1, 69_999]]
 
 
-def test_the_first_samples():
+@pytest.mark.parametrize(("count", "chosen"), [(0, []), (2, [0, 3]), (4, [0, 1, 3, 4]), (99, [0, 1, 2, 3, 4, 5])])
+def test_samples_spread_over_all(count, chosen):
     recordings, dense = drawn(6, 11, 5, 0.3, 1)
-    part = recordings.first(2)
-    assert len(part) == 2 and torch.equal(part.batch([0, 1])[0].to_dense(), dense[:, :2])
-    assert len(recordings.first(99)) == 6
+    part = recordings.spread(count)
+    assert torch.equal(part.labels, recordings.labels[chosen])
+    assert len(chosen) == len(part) and torch.equal(part.batch(range(len(part)))[0].to_dense(), dense[:, chosen])
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_nmnist_that_is_not_there(tmp_path):
         load_nmnist(tmp_path, dt_us=0)
 
 
-@pytest.mark.parametrize("how", ["cut", "changed", "text"])
+@pytest.mark.parametrize("how", ["cut", "changed", "newer", "text"])
 def test_a_damaged_archive(tmp_path, how):
     nmnist(tmp_path, {**FILES, "Train/3/big.bin": RECORDING * 500})
     path = tmp_path / "Train.zip"
@@ -248,6 +249,8 @@ def test_a_damaged_archive(tmp_path, how):
         content = content[: len(content) // 2]
     elif how == "changed":
         content[5000] ^= 0xFF
+    elif how == "newer":
+        content[content.index(b"PK\x01\x02") + 6] = 250  # the version of zip that it needs
     else:
         content = bytearray(b"<html>")
     path.write_bytes(content)
@@ -268,6 +271,8 @@ def shd(tmp_path, times=([0.0, 0.001, 0.9999], [1.2]), units=([0, 699, 5], [3]),
         file["labels"] = np.array(labels, dtype="<u2")
         for key in keys.get("without", ()):
             del file[key]
+        for key in keys.get("groups", ()):
+            file.create_group(key)
     for name in ("shd_train.h5", "shd_test.h5"):
         if zipped:
             (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.getvalue()))
@@ -293,6 +298,7 @@ def test_shd(tmp_path, zipped):
     [
         ({"without": ["labels"]}, "labels expected, got spikes: not SHD"),
         ({"without": ["spikes/units"]}, "spikes/units expected"),
+        ({"without": ["labels"], "groups": ["labels"]}, r"shd_train.h5: an HDF5 file expected .*group"),
         ({"labels": (1,)}, "must be one for each recording, got 2, 2 and 1"),
         ({"units": ([0, 700, 5], [3])}, r"units must lie in 0..699, got 0..700"),
         ({"units": ([0, 1], [3])}, "sample 0: steps and units must be arrays of one length"),

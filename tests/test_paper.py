@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -124,8 +125,10 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 def test_divergence_and_death_are_told(tmp_path):
     data = tiny(SMALL)
-    _, result = train(Experiment("digits", dataclasses.replace(SMALL, lr=1e37), 0), data, tmp_path, "c")
-    assert result["status"] == "diverged"
+    for _ in range(2):  # and again, as when the command is given once more
+        trainer, result = train(Experiment("digits", dataclasses.replace(SMALL, lr=1e37), 0), data, tmp_path, "c")
+        assert result["status"] == "diverged" and len(result["history"]) == 1
+        assert all(parameter.isfinite().all() for parameter in trainer.net.parameters())  # those before that epoch
     silent = dataclasses.replace(data, train=still(data.train), test=still(data.test))
     _, result = train(Experiment("digits", SMALL, 1), silent, tmp_path, "c")
     assert result["status"] == "dead" and result["history"][-1]["spikes_pct"] == [0, 0]
@@ -134,6 +137,34 @@ def test_divergence_and_death_are_told(tmp_path):
 def still(part: Recordings) -> Recordings:
     none = part.times[:0]
     return Recordings(none, none, torch.zeros_like(part.ptr), part.labels, part.steps, part.n_units)
+
+
+def test_weights_that_are_not_finite_are_divergence():
+    trainer = Trainer(Experiment("digits", dataclasses.replace(SMALL, batch=24), 0), tiny(SMALL))
+    trainer.optimizer.param_groups[0]["lr"] = math.inf  # its one step spoils the weights after the last loss
+    assert math.isnan(trainer.epoch(lambda _: None)["loss"])
+
+
+def test_a_run_is_not_mixed_with_another(tmp_path):
+    data, experiment = tiny(SMALL), Experiment("digits", SMALL, 0)
+    train(Experiment("digits", dataclasses.replace(SMALL, epochs=1), 0), data, tmp_path, "c")
+    fewer = dataclasses.replace(data, train=data.train.spread(5))
+    with pytest.raises(ValueError, match=r"must be of .*'train': 5.*got .*'train': 24.*choose another --out"):
+        train(experiment, fewer, tmp_path, "c")
+    checkpoint = tmp_path / f"{experiment.id}.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"seed0\.ckpt must be a whole checkpoint, got a damaged file .*: delete it"):
+        train(experiment, data, tmp_path, "c")
+
+
+def test_a_run_stopped_before_its_last_result_was_written_is_finished(tmp_path):
+    data, experiment = tiny(SMALL), Experiment("digits", SMALL, 0)
+    path = tmp_path / f"{experiment.id}.json"
+    train(experiment, data, tmp_path, "c")
+    expected = json.loads(path.read_text())
+    path.write_text(json.dumps({**expected, "status": "running", "history": expected["history"][:-1]}))
+    train(experiment, data, tmp_path, "c")
+    assert json.loads(path.read_text()) == expected
 
 
 def test_activity_is_the_same_stock_and_enabled():
@@ -174,6 +205,21 @@ def test_gradients_with_a_band_have_zeros_and_a_small_error():
     json.dumps(got, allow_nan=False)
 
 
+def test_samples_whose_spikes_differ_are_left_out(monkeypatch):
+    trainer = Trainer(Experiment("digits", SMALL, 0), tiny(SMALL))
+    kept = torch.arange(9) % 3 > 0
+    monkeypatch.setattr(gradients, "agreeing", lambda *_: kept)
+    assert gradients.gradients(trainer)["samples"] == 6
+    monkeypatch.undo()
+    x, _ = trainer.data.test.batch(torch.arange(9))
+    assert gradients.agreeing(trainer, x).all()
+    other = trainer.stock()
+    with torch.no_grad():
+        other.output.weight += 0.1
+    monkeypatch.setattr(trainer, "stock", lambda: other)
+    assert not gradients.agreeing(trainer, x).any()
+
+
 def test_mask_cuts_the_surrogate_at_its_band():
     net = build(5, 3, SMALL)
     gradients.mask(net, 0.2)
@@ -193,6 +239,10 @@ def test_presets_along_a_sweep():
     assert sweep.preset_at(preset, "b-th", math.inf).b_th == math.inf
     with pytest.raises(ValueError, match=r"--values must be whole numbers of at least 1 over hidden, got 1.5"):
         sweep.preset_at(preset, "hidden", 1.5)
+    with pytest.raises(ValueError, match=r"whole numbers of at least 1 over depth, got inf"):
+        sweep.preset_at(preset, "depth", math.inf)
+    with pytest.raises(ValueError, match=r"--values must be above 0 over b-th, got -1"):
+        sweep.preset_at(preset, "b-th", -1.0)
     with pytest.raises(ValueError, match="fully connected"):
         sweep.preset_at(PRESETS["fmnist-conv"], "depth", 2)
 
@@ -242,6 +292,26 @@ def test_commands_on_the_digits(tmp_path, capsys):
         assert result["command"].startswith("python -m sparse_backend paper ")
 
 
+def test_a_seed_that_diverges_stops_no_other(tmp_path, capsys):
+    common = ["--dataset", "digits", "--epochs", "1", "--limit", "20", "--hidden", "9", "9", "--out", str(tmp_path)]
+    common += ["--lr", "1e37"]
+    assert main(["train", *common, "--batch", "5", "--seeds", "0", "1"]) == 0
+    assert main(["sweep", *common, "--batch", "4", "--seed", "2", "--over", "b-th", "--values", "0.2", "0.4"]) == 0
+    assert "seed1: diverged after 0 epochs" in capsys.readouterr().out
+    (swept,) = tmp_path.glob("sweep_*.json")
+    assert [(row["status"], row["test_accuracy"]) for row in json.loads(swept.read_text())["rows"]] == [
+        ("diverged", None)
+    ] * 2
+
+
+def test_snntorch_is_needed(monkeypatch, capsys):
+    for module in ("models", "train", "gradients"):
+        monkeypatch.delitem(sys.modules, f"sparse_backend.paper.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, "snntorch", None)
+    assert main(["train", "--dataset", "digits"]) == 1
+    assert capsys.readouterr().err.endswith('not installed: pip install "sparse_backend[paper]"\n')
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -259,7 +329,7 @@ def test_what_cannot_be_done_is_told_in_one_line(arguments, message, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [["--dataset", "mnist"], ["--dataset", "digits", "--b-th", "-1"], ["--dataset", "digits", "--epochs", "0"],
-     ["--dataset", "digits", "--lr", "nan"]],
+     ["--dataset", "digits", "--lr", "nan"], ["--dataset", "digits", "--seeds", "-1"]],
 )  # fmt: skip
 def test_wrong_options_end_with_usage(arguments, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -256,16 +256,31 @@ def test_the_page_says_what_the_results_say(tmp_path):
     assert "81.50 ± 1.00 % (2 epochs, 2 seeds) | 81.00 ± 0.58 % (2 epochs, 3 seeds)" in text
     assert "83.00 ± 0.58 % (4 epochs, 3 seeds)" in text
     # pairs: 80 - 80.5 and 81 - 82.5
-    assert "after 2 epochs, 2 seeds in pairs: -1.00 ± 0.50 points, within two standard errors." in text
+    assert "after 2 epochs, 2 seeds in pairs: -1.00 ± 0.50 points, 95 % interval -7.36 to +5.36: these seeds" in text
+    assert "at most 4 epochs here, the paper trains 100" in text and "`fmnist` lr" in text
     assert "| 82.00 | 44 s |" in text and "Measured on: A CPU; 2 cores" in text
     assert "--seeds 0 1 2" in text and "Not run here: " in text and "`shd`" in text
+
+
+def test_runs_of_other_lengths_are_not_averaged(tmp_path):
+    files = {f"s{seed}": training(seed=seed, epochs=4) for seed in range(3)}
+    files |= {f"d{seed}": training(b_th="inf", seed=seed, epochs=4 - 2 * (seed == 2)) for seed in range(3)}
+    files["s1"]["status"], files["s1"]["history"] = "running", files["s1"]["history"][:4]
+    files["s2"]["status"], files["s2"]["history"] = "diverged", files["s2"]["history"][:4]
+    for seed in range(3):
+        files[f"s{seed}"]["history"][-1]["test_accuracy"] = 80.0 + seed
+        files[f"d{seed}"]["history"][-1]["test_accuracy"] = 70.0 + 2 * seed
+    text = page_of(tmp_path, files)
+    assert "71.00 ± 1.00 % (4 epochs, 2 seeds, 1 shorter)" in text
+    assert "81.00 ± 1.00 % (4 epochs, 2 seeds, 1 not finished, 1 shorter)" in text  # what diverged counts
+    assert "after 4 epochs, 1 seed in pairs: +10.00 points; one seed tells nothing." in text
 
 
 def test_the_page_drops_no_run(tmp_path):
     text = page_of(tmp_path, everything())
     for status in ("diverged", "dead", "running"):
         assert f"| {status} |" in text
-    assert "the loss was not finite in epoch 3" in text and "a hidden layer spikes no more" in text
+    assert "the loss or a weight was not finite in epoch 3" in text and "a hidden layer spikes no more" in text
     assert "2 not finished" in text
     assert text.count("a stand-in for SHD") >= text.count("Spoken digits")
     for line in text.splitlines():

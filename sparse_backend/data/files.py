@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 AGAIN = "the download is probably incomplete or damaged: fetch it again"
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError)
 
 
 def directory_of(directory: str | Path) -> Path:
@@ -36,7 +37,7 @@ def members(directory: Path, name: str, suffix: str) -> Iterator[tuple[str, byte
         try:
             with zipfile.ZipFile(archive) as opened:
                 names = sorted(entry for entry in opened.namelist() if entry.endswith(suffix))
-        except zipfile.BadZipFile as error:
+        except _UNREADABLE as error:
             raise ValueError(f"{archive}: a zip archive expected ({error}): {AGAIN}") from error
         found, count = _unzipped(archive, names), len(names)
     else:
@@ -54,6 +55,6 @@ def _unzipped(archive: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
         for name in names:
             try:
                 content = opened.read(name)
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            except _UNREADABLE as error:
                 raise ValueError(f"{archive}: {name} cannot be read ({error}): {AGAIN}") from error
             yield name, content

@@ -115,11 +115,14 @@ class Recordings(Dataset):
         shape = (self.steps, samples, self.n_units)
         return EventTensor(shape, row_ptr.int(), columns, check=False), self.labels[chosen]
 
-    def first(self, count: int) -> Recordings:
-        """The first ``count`` samples, or all where there are fewer; views."""
-        ptr = self.ptr[: count + 1]
-        events = int(ptr[-1])
-        return Recordings(self.times[:events], self.units[:events], ptr, self.labels[:count], self.steps, self.n_units)
+    def spread(self, count: int) -> Recordings:
+        """``count`` samples at even distances, so of every class where they lie class by class; all where there are
+        fewer."""
+        kept = torch.arange(min(count, len(self))) * len(self) // max(1, min(count, len(self)))
+        sizes = self.ptr[kept + 1] - self.ptr[kept]
+        ptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        events = torch.arange(int(ptr[-1])) + torch.repeat_interleave(self.ptr[kept] - ptr[:-1], sizes)
+        return Recordings(self.times[events], self.units[events], ptr, self.labels[kept], self.steps, self.n_units)
 
     @property
     def events_per_sample(self) -> float:
@@ -151,9 +154,9 @@ class EventSet:
                     f"got {int(labels.min())}..{int(labels.max())}: these labels belong to another data set"
                 )
 
-    def first(self, count: int) -> EventSet:
-        """The first ``count`` samples of each part."""
-        return dataclasses.replace(self, train=self.train.first(count), test=self.test.first(count))
+    def spread(self, count: int) -> EventSet:
+        """``count`` samples of each part, see `Recordings.spread`."""
+        return dataclasses.replace(self, train=self.train.spread(count), test=self.test.spread(count))
 
 
 def latency_set(images: ImageSet, steps: int, tau_eff: float = TAU_EFF, theta: float = THETA) -> EventSet:

@@ -61,7 +61,7 @@ def _read(path: Path, dt_ms: float) -> tuple[list[tuple[Tensor, Tensor]], Tensor
                 raise ValueError(f"{path}: {', '.join(missing)} expected, got {', '.join(file) or 'nothing'}: not SHD")
             times, units = list(file["spikes/times"][:]), list(file["spikes/units"][:])
             labels = torch.as_tensor(file["labels"][:]).long()
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, KeyError, RuntimeError, TypeError) as error:  # whatever HDF5 stumbles over
         raise ValueError(f"{path}: an HDF5 file expected ({error}): {AGAIN}") from error
     if not len(times) == len(units) == len(labels):
         raise ValueError(

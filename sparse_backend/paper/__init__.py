@@ -16,9 +16,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {"train": _train, "sweep": _sweep, "figures": _figures}[arguments.command]
     try:
         run(arguments, options.shown(given))
+    except ModuleNotFoundError as error:
+        if error.name != "snntorch":
+            raise
+        print('paper: needs snntorch, which is not installed: pip install "sparse_backend[paper]"', file=sys.stderr)
+        return 1
     except (OSError, ValueError, ImportError) as error:
         print(f"paper: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\npaper: interrupted; train and sweep go on after the last whole epoch", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -39,9 +39,16 @@ DATASETS: dict[str, Callable[[Path | None, int], EventSet]] = {
 
 
 def load(name: str, directory: Path | None, steps: int, limit: int | None = None) -> EventSet:
-    """A data set of T `steps`, the first `limit` samples of each part if there is one."""
+    """A data set of T `steps`, `limit` samples of each part, spread over it, if there is one.
+
+    Raises ValueError where a part has no samples, and what the data set's loader raises.
+    """
     found = DATASETS[name](directory, steps)
-    return found if limit is None else found.first(limit)
+    if not (len(found.train) and len(found.test)):
+        raise ValueError(
+            f"{found.name}: samples to train and to test with expected, got {len(found.train)} and {len(found.test)}"
+        )
+    return found if limit is None else found.spread(limit)
 
 
 def _given(directory: Path | None) -> Path:

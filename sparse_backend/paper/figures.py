@@ -44,12 +44,12 @@ def figures_of(results: Results) -> list[Figure]:
         ),
         Figure(
             "accuracy-training", "accuracy_over_epochs",
-            "Test accuracy after each epoch; line: mean over seeds, band: lowest to highest.",
+            "Test accuracy after each epoch; line: mean over the seeds that got so far, band: lowest to highest.",
             trained, "`paper train`",
         ),
         Figure(
-            "loss", "loss", "Training loss of each epoch, sparse against dense; line: mean over seeds, band: lowest "
-            "to highest.",
+            "loss", "loss", "Training loss of each epoch, sparse against dense; line: mean over the seeds that got "
+            "so far, band: lowest to highest.",
             trained, "`paper train`",
         ),
         Figure(
@@ -78,7 +78,7 @@ def figures_of(results: Results) -> list[Figure]:
             f"gradients-{result.subject.name}" + (f"-{i}" if i else ""), "gradients",
             f"{result.subject.title}, seed {result.subject.seed}, epoch {result.epoch}: gradients on one test batch of "
             f"{result.samples}, the rows and columns where the dense gradient is largest. Hatched: exactly zero. The "
-            "relative error is the whole tensor's.",
+            "relative error is the whole tensor's, for spikes that of one sample.",
             result, "",
         )
         for i, result in _numbered(list(shown.values()))

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train one network over several seeds; goes on where it was stopped")
     _of_experiments(train)
     train.add_argument("--dense", action="store_true", help="train the same network stock, with nothing enabled")
-    train.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="default: 0")
+    train.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="S", help="default: 0")
 
     sweep = commands.add_parser("sweep", help="train, time and compare with stock over a range of one quantity")
     _of_experiments(sweep)
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         "half-width of the active band, number of hidden layers"
     )  # fmt: skip
     sweep.add_argument("--values", type=float, nargs="+", metavar="V", help="default: the paper's")
-    sweep.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    sweep.add_argument("--seed", type=_seed, default=0, metavar="S", help="default: %(default)s")
 
     figures = commands.add_parser("figures", help="draw every figure from the JSON results alone")
     figures.add_argument("--results", type=Path, default=OUT, metavar="DIR", help="default: %(default)s")
@@ -56,7 +56,7 @@ def _of_experiments(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=_positive, metavar="RATE")
     add("--b-th", type=_b_th, metavar="B_TH", help='half-width of the active band, "inf" or "auto"')
     add("--slope", type=_not_negative, metavar="K", help="of fast_sigmoid; 0 for atan(alpha=2)")
-    add("--limit", type=_whole, metavar="N", help="only the first N samples of the training and of the test set")
+    add("--limit", type=_whole, metavar="N", help="only N samples, evenly spread, of the training and of the test set")
     add("--threads", type=_whole, metavar="N", help="of torch")
     add("--quiet", action="store_true", help="no progress bar")
 
@@ -90,6 +90,10 @@ def _whole(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    return 0 if text == "0" else _whole(text)
 
 
 def _positive(text: str) -> float:

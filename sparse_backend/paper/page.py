@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from . import published
 from .presets import PRESETS
-from .results import DATASETS, DENSE, Group, Mean, Point, Results, Run, Setting, SweepGroup, rule_b_th
+from .results import DATASETS, DENSE, STOCK, Group, Point, Results, Run, Setting, SweepGroup, mean_of, rule_b_th
 
 if TYPE_CHECKING:
     from .figures import Figure
@@ -25,7 +26,8 @@ _INTRO = f"""<!-- made by `{COMMAND}`: edit the results, not this page -->
 {published.SOURCE}. Its networks, written as plain snnTorch code and enabled by the one line, on its data sets and on
 stand-ins where they cannot be had. *Dense* is ordinary back-propagation, either snnTorch's own code ("stock") or the
 same gradients by our kernels ("b_th = inf", held equal to stock in the tests); *sparse* is the paper's method. Accuracy
-is on the test set at the last epoch, never the best one; ± is the standard error over seeds, and no seed is left out.
+is on the test set at the last epoch, never the best one; ± is the standard error over seeds, an interval Student's over
+pairs of runs of one seed. No run that ended is left out, dead and diverged ones included.
 The paper's figures are from its text, on a GPU and an older stack: they say what it found, not what this machine
 should do.
 
@@ -77,6 +79,10 @@ class _Figures:
         ]
 
 
+def _percent(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """The first `left` columns are text, the others numbers."""
     rule = ["---" if i < left else "---:" for i in range(len(head))]
@@ -112,7 +118,7 @@ def _accuracy(results: Results, shown: _Figures) -> list[str]:
     return [
         "## Test accuracy\n",
         _table(head, rows),
-        *(f"- {line}" for line in said),
+        *(f"- {line}" for line in (*said, *_remarks(results))),
         "",
         f"Not run here: {', '.join(f'`{name}`' for name in missing)}.\n" if missing else "",
         *shown("accuracy", "accuracy-training", "loss"),
@@ -128,8 +134,11 @@ def _at(group: Group | None, epoch: int) -> str:
     if group is None or not epoch:
         return "–"
     found = group.accuracy(epoch)
-    stopped = "" if not group.unfinished else f", {len(group.unfinished)} not finished"
-    return "–" if found is None else f"{found} % ({epoch} epochs, {_seeds(found.seeds)}{stopped})"
+    if found is None:
+        return "–"
+    failed, shorter = len(group.failed), len(group.shorter(epoch))
+    failed_text = f", {failed} not finished" if failed else ""
+    return f"{found} % ({epoch} epochs, {_seeds(found.seeds)}{failed_text}{f', {shorter} shorter' if shorter else ''})"
 
 
 def _seeds(count: int) -> str:
@@ -144,27 +153,42 @@ def _papers(name: str) -> str:
     return f"{'–' if dense is None else f'{dense:g} %'} → {sparse:g} % ({found.samples[0]:,}/{found.samples[1]:,})"
 
 
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # t of 95 %, by degrees of freedom from 1 on
+
+
 def _verdict(setting: Setting, dense: Group, sparse: Group, epoch: int) -> str:
     """Over the seeds that both have, so that each pair starts from the same weights and sees the same batches."""
-    pairs = _pairs(dense, sparse, epoch)
-    if not pairs:
+    ours, theirs = sparse.accuracies(epoch), dense.accuracies(epoch)
+    found = mean_of(ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys())
+    if found is None:
         return f"{setting.title}: no seed was run both ways."
-    difference = sum(pairs) / len(pairs)
-    spread = math.sqrt(sum((pair - difference) ** 2 for pair in pairs) / (len(pairs) - 1)) if len(pairs) > 1 else None
-    error = None if spread is None else spread / math.sqrt(len(pairs))
-    words = f"{setting.title}: sparse − dense ({dense.how}) after {epoch} epochs, {_seeds(len(pairs))} in pairs: "
-    sign = "+" if difference >= 0 else ""
-    inside = "" if error is None else "within" if abs(difference) <= 2 * error else "beyond"
-    return f"{words}{sign}{Mean(difference, error, len(pairs))} points{inside and f', {inside} two standard errors'}."
+    kind = "stock" if dense.how == STOCK else "b_th = inf"
+    sign = "+" if found.value >= 0 else ""
+    words = (
+        f"{setting.title}: sparse − dense ({kind}) after {epoch} epochs, {_seeds(found.seeds)} in pairs: {sign}{found}"
+    )
+    if found.error is None:
+        return f"{words} points; one seed tells nothing."
+    half = found.error * _STUDENT[min(found.seeds - 1, len(_STUDENT)) - 1]
+    low, high = found.value - half, found.value + half
+    told = "sparse is better" if low > 0 else "sparse is worse" if high < 0 else "these seeds do not tell them apart"
+    return f"{words} points, 95 % interval {low:+.2f} to {high:+.2f}: {told}."
 
 
-def _pairs(dense: Group, sparse: Group, epoch: int) -> list[float]:
-    ours = {run.subject.seed: run.at(epoch).test_accuracy for run in sparse.runs}
-    found = []
-    for run in dense.runs:
-        theirs, mine = run.at(epoch).test_accuracy, ours.get(run.subject.seed)
-        if theirs is not None and mine is not None:
-            found.append(mine - theirs)
+def _remarks(results: Results) -> list[str]:
+    """What in our experiments is not the paper's."""
+    chosen = [
+        f"`{name}` {', '.join(PRESETS[name].chosen)}"
+        for name in dict.fromkeys(setting.subject.name for setting in _main(results))
+        if PRESETS[name].chosen
+    ]
+    found = [f"Chosen here, since the paper does not give them or its data set is another: {'; '.join(chosen)}."]
+    for setting in _main(results):
+        full = PRESETS[setting.subject.name].epochs
+        most = max(group.epochs for group in setting.groups)
+        if most < full:
+            whose = "its preset has" if "epochs" in PRESETS[setting.subject.name].chosen else "the paper trains"
+            found.append(f"{setting.title}: at most {most} epochs here, {whose} {full}.")
     return found
 
 
@@ -178,12 +202,14 @@ def _activity(results: Results, shown: _Figures) -> list[str]:
         for group in setting.sparse:
             layers = list(zip(*(run.last.active for run in group.runs), strict=True))
             spikes = list(zip(*(run.last.spikes for run in group.runs), strict=True))
-            means = [sum(layer) / len(layer) for layer in layers]
+            before = list(zip(*(run.history[0].active for run in group.runs), strict=True))
+            means = [mean(layer) for layer in layers]
             rows.append(
                 [
-                    setting.title,
-                    ", ".join(f"{value:.2g}" for value in means),
-                    ", ".join(f"{sum(layer) / len(layer):.2g}" for layer in spikes),
+                    f"{setting.title}, {group.epochs} epochs",
+                    ", ".join(_percent(mean(layer)) for layer in before),
+                    ", ".join(_percent(value) for value in means),
+                    ", ".join(_percent(mean(layer)) for layer in spikes),
                     "yes" if all(low <= value <= high for value in means) else "no",
                 ]
             )
@@ -192,13 +218,11 @@ def _activity(results: Results, shown: _Figures) -> list[str]:
     return [
         "## Activity\n",
         f"The paper reports that {low:g} to {high:g} % of the neurons are active, |V − θ| < b_th, in the course of "
-        "training. Ours, "
-        "with sparse gradients at the last epoch, layer by layer from the input, means over the seeds:\n",
-        _table(["data set", "active %", "spikes %", f"within {low:g}–{high:g} %"], rows),
-        "Activity is a property of the trained network, not of the method: the longer a network trains and the "
-        "larger its "
-        "learning rate, the more of its membranes come near the threshold. Nothing here holds it down; "
-        "`sparse_backend.losses.upper_activity` does if added to the loss.\n",
+        "training. Ours, with sparse gradients, on one test batch before training and at each run's last epoch, "
+        "layer by layer from the input, means over the seeds:\n",
+        _table(["data set", "active % before", "active % after", "spikes % after", f"within {low:g}–{high:g} %"], rows),
+        "Activity is a property of the trained network more than of the method, and no loss here holds it down; "
+        "`sparse_backend.losses.upper_activity` would.\n",
         *shown("activity", "activity-hidden", "activity-size"),
     ]
 
@@ -218,9 +242,12 @@ def _gradients(results: Results, shown: _Figures) -> list[str]:
     ]
     return [
         "## Gradients\n",
-        "Sparse against dense gradients of the trained networks, on one test batch, weight by weight from the input. "
-        "The paper "
-        f"reports relative errors of at most {published.GRADIENT_ERROR:g} %.\n",
+        "Sparse against dense gradients of the trained networks, on the samples of one test batch whose spikes are the "
+        "same both ways, weight by weight from the input. The paper "
+        f"reports relative errors of at most {published.GRADIENT_ERROR:g} %. The readout's weight does not depend on "
+        "b_th. A spike's gradient "
+        "is wanted only where its neuron is active, so the sparse ones, zero elsewhere, are far from the dense ones as "
+        "tensors, which the picture shows.\n",
         _table(["network", "relative error %", "cosine", "zeros %, sparse / dense"], rows),
         *shown("gradients"),
     ]
@@ -232,8 +259,8 @@ def _sizes(results: Results, shown: _Figures) -> list[str]:
         return []
     text = [
         "## Speed and memory\n",
-        "Whole training step and backward pass against stock snnTorch on the same trained weights and batch, after "
-        "both agreed; "
+        "Whole step (forward, loss and backward; the optimiser's update, the same for both, is left out) and backward "
+        "pass against stock snnTorch on the same trained weights and batch, after both agreed; "
         "medians of interleaved repeats, same threads; stock takes dense input, ours events. The paper reports, on "
         "its GPU, "
         f"{published.BACKWARD[0]:g} to {published.BACKWARD[1]:g}× for one layer's backward pass, up to "
@@ -253,10 +280,10 @@ _SPEEDS = ("test accuracy %", "active %", "stock ms", "backward ×", "whole step
 
 def _speeds(point: Point) -> list[str]:
     active = [value for row in point.rows for value in row.active]
-    stock = sum(row.stock.whole for row in point.rows) / len(point.rows)
+    stock = mean(row.stock.whole for row in point.rows)
     return [
         f"{point.get('test_accuracy'):.1f}",
-        f"{sum(active) / len(active):.2g}",
+        _percent(mean(active)),
         f"{stock:.0f}",
         f"{point.get('backward'):.1f}",
         f"{point.get('whole'):.1f}",
@@ -267,7 +294,9 @@ def _speeds(point: Point) -> list[str]:
 def _where(group: SweepGroup) -> str:
     row = group.points[0].rows[0]
     epochs = f"{row.epochs} epoch{'s' if row.epochs != 1 else ''}"
-    return f"{group.subject.preset.surrogate}, {epochs}, {group.sweeps[0].origin.where}"
+    surrogate = group.subject.preset.surrogate
+    named = "" if surrogate in group.subject.title else f"{surrogate}, "
+    return f"{named}{epochs}, {_seeds(len(group.seeds))}, {group.sweeps[0].origin.where}"
 
 
 # --- b_th ----------------------------------------------------------------------------------------------------------
@@ -288,12 +317,12 @@ def _choosing(groups: Sequence[SweepGroup], shown: _Figures) -> list[str]:
         ]
     return [
         "Each row is a network trained from the same weights with that b_th, then timed against stock on its own "
-        "trained "
-        "weights. *Mass* is the share of the surrogate's area inside the band, *gradient error* that of the weight "
-        "gradient "
-        "farthest from the dense one, relative.\n",
+        "trained weights. The whole step is forward, loss and backward; the optimiser's update, the same for both, is "
+        "left out. *Mass* is the share of the surrogate's area inside the band, *gradient error* that of the weight "
+        "gradient farthest from the dense one, relative.\n",
         *text,
         *(f"- {_found(group)}" for group in groups),
+        *(f"- {_swayed(group)}" for group in groups),
         "",
         *shown("b_th"),
     ]
@@ -319,12 +348,22 @@ def _found(group: SweepGroup) -> str:
         return f"{group.subject.preset.surrogate}: no b_th tried comes within half a point of dense."
     least = min(near, key=lambda point: point.value)
     return (
-        f"{group.subject.preset.surrogate}: the least b_th within half a point of dense, "
+        f"{group.subject.preset.surrogate}, {_seeds(len(group.seeds))}: the least b_th within half a point of dense, "
         f"{dense.get('test_accuracy'):.1f} %, is "
         f"{least.value:g}, which keeps {least.get('mass'):.0f} % of the mass: {least.get('test_accuracy'):.1f} %, "
         "whole step "
         f"{least.get('whole'):.1f}×, {least.get('kept'):.1f} % of the memory; dense by our kernels is "
         f"{dense.get('whole'):.1f}×."
+    )
+
+
+def _swayed(group: SweepGroup) -> str:
+    """How much of a time is the machine's: stock does the same work at every b_th."""
+    times = [row.stock.whole for point in group.points for row in point.rows]
+    return (
+        f"{group.subject.preset.surrogate}: stock, which knows no b_th, took {min(times):.0f} to {max(times):.0f} ms "
+        "for the same work, so much does the machine sway a time. The two sides of a ratio took turns, which sways "
+        "it less."
     )
 
 
@@ -356,9 +395,9 @@ def _runs(results: Results) -> list[str]:
         "## Every run\n",
         _table(head, rows, left=2),
         *told,
-        "Times are of training alone, as they came: several runs may have shared the machine, so only the tables "
-        "under speed "
-        "compare times. DATA is the folder of the data set's own files, OUT that of the results.\n",
+        "Times are of training alone, as they came: several runs may have shared the machine, so only times that "
+        "took turns, those of the sweeps, are compared. DATA is the folder of the data set's own files, OUT that of "
+        "the results.\n",
         "```console",
         *commands,
         "```\n",
@@ -370,7 +409,7 @@ def _runs(results: Results) -> list[str]:
 def _told(run: Run) -> str:
     why = {
         "dead": "a hidden layer spikes no more, so that no gradient reaches what lies below it",
-        "diverged": f"the loss was not finite in epoch {run.last.epoch + 1}",
+        "diverged": f"the loss or a weight was not finite in epoch {run.last.epoch + 1}",
     }
     return f"- `{run.subject.name}`, {run.subject.how}, seed {run.subject.seed}: {why[run.status]}."
 

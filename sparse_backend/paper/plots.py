@@ -281,8 +281,7 @@ def accuracy(settings: Sequence[Setting]) -> Figure:
                 color=_colour(bar.group),
                 alpha=0.9 if bar.epoch == bar.group.epochs else 0.55,
             )
-            seeds = [run.at(bar.epoch).test_accuracy for run in bar.group.runs]
-            dots = [value for value in seeds if value is not None]
+            dots = list(bar.group.accuracies(bar.epoch).values())
             offsets = np.linspace(-0.22, 0.22, len(dots)) if len(dots) > 1 else [0.0]
             axes.plot(x + np.asarray(offsets), dots, "o", color="black", markersize=1.6, linestyle="")
             if bar.accuracy.error is not None:

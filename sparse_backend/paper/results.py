@@ -135,9 +135,16 @@ class Run:
     def seconds(self) -> float:
         return sum(epoch.seconds for epoch in self.history)
 
-    def at(self, epoch: int) -> Epoch:
-        """After `epoch` epochs, or where it stopped before."""
-        return [entry for entry in self.history if entry.epoch <= epoch][-1]
+    @property
+    def failed(self) -> bool:
+        return self.status in ("dead", "diverged")
+
+    def accuracy(self, epoch: int) -> float | None:
+        """Test accuracy after `epoch` epochs, of a run that died or diverged before that its last; None of one that
+        was not trained so far."""
+        if epoch > self.last.epoch and not self.failed:
+            return None
+        return self.history[min(epoch, self.last.epoch)].test_accuracy
 
 
 @dataclass(frozen=True)
@@ -157,12 +164,21 @@ class Group:
         return max(run.last.epoch for run in self.runs)
 
     @property
-    def unfinished(self) -> list[Run]:
-        return [run for run in self.runs if run.status != "finished"]
+    def failed(self) -> list[Run]:
+        return [run for run in self.runs if run.failed]
+
+    def shorter(self, epoch: int) -> list[Run]:
+        """Those that were trained less than that, for no fault of theirs."""
+        return [run for run in self.runs if run.last.epoch < epoch and not run.failed]
+
+    def accuracies(self, epoch: int) -> dict[int, float]:
+        """Test accuracy after `epoch` epochs, by seed."""
+        found = {run.subject.seed: run.accuracy(epoch) for run in self.runs}
+        return {seed: value for seed, value in found.items() if value is not None}
 
     def accuracy(self, epoch: int) -> Mean | None:
-        """Test accuracy after `epoch` epochs; a run that stopped before counts with its last."""
-        return mean_of(run.at(epoch).test_accuracy for run in self.runs)
+        """Over the seeds of `accuracies`."""
+        return mean_of(self.accuracies(epoch).values())
 
 
 @dataclass(frozen=True)

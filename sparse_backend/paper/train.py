@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Trainer:
         return loss.item(), int((self.scores(mem).argmax(1) == labels).sum())
 
     def epoch(self, tick: Callable[[str], None]) -> dict[str, Any]:
-        """Once through the training set; `loss` is the mean over samples, not finite where training diverged."""
+        """Once through the training set; `loss` is the mean over samples, not finite if a loss or a weight is not."""
         part, times = self.data.train, []
         total, right, start = 0.0, 0, time.perf_counter()
         for x, labels in self.batches(part, torch.randperm(len(part), generator=self.order)):
@@ -108,6 +109,8 @@ class Trainer:
             tick(f"loss {loss:.3f}")
             if not math.isfinite(loss):
                 break
+        if not all(bool(parameter.isfinite().all()) for parameter in self.net.parameters()):
+            total = math.nan
         return {
             "loss": total / len(part),
             "train_accuracy": 100 * right / len(part),
@@ -155,34 +158,41 @@ class Trainer:
         self.history = state["history"]
 
 
+def _restored(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint."""
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} must be a whole checkpoint, got a damaged file ({reason}): delete it") from error
+    return state
+
+
 def train(
     experiment: Experiment, data: EventSet, out: Path, command: str, tick: Callable[[str], None] = lambda _: None
 ) -> tuple[Trainer, dict[str, Any]]:
     """Train, or go on where an earlier run stopped; returns the network and what `<out>/<id>.json` holds at the end.
 
-    After every epoch the result is written and `<out>/<id>.ckpt` holds what is needed to go on; a finished run is
-    returned as it is. tick: called after each training step with a note.
+    After every epoch `<out>/<id>.ckpt` holds what is needed to go on, and then the result is written; a finished run is
+    returned as it is. Of a run that diverged the network is the one before that epoch. tick: called after each training
+    step with a note.
+    Raises ValueError for a damaged checkpoint or one of something else, FileExistsError for a result without its own.
     """
     out.mkdir(parents=True, exist_ok=True)
     result_path, checkpoint = out / f"{experiment.id}.json", out / f"{experiment.id}.ckpt"
     trainer = Trainer(experiment, data)
-    if checkpoint.exists():
-        trainer.load(torch.load(checkpoint, weights_only=True))
-        if len(trainer.history) > experiment.preset.epochs:
-            return trainer, json.loads(result_path.read_text(encoding="utf-8"))
-    elif result_path.exists():
-        raise FileExistsError(f"{result_path} is there, but not its checkpoint: choose another --out, or delete it")
+    described = {
+        "name": data.name,
+        "note": data.note,
+        "train": len(data.train),
+        "test": len(data.test),
+        "events_per_sample": data.train.events_per_sample,
+    }
 
     def result(status: str) -> dict[str, Any]:
         values = {
             "experiment": experiment.to_dict(),
-            "data": {
-                "name": data.name,
-                "note": data.note,
-                "train": len(data.train),
-                "test": len(data.test),
-                "events_per_sample": data.train.events_per_sample,
-            },
+            "data": described,
             "status": status,
             "history": trainer.history,
             "command": command,
@@ -191,20 +201,37 @@ def train(
         write(result_path, json.dumps(values, indent=1, allow_nan=False) + "\n")
         return values
 
-    if not trainer.history:
-        trainer.history.append({"epoch": 0, **trainer.activity().to_dict()})
-    status = _status(trainer)
-    for epoch in range(len(trainer.history), experiment.preset.epochs + 1):
-        entry = {"epoch": epoch, **trainer.epoch(tick)}
-        if not math.isfinite(entry["loss"]):
-            return trainer, result("diverged")
-        trainer.history.append({**entry, "test_accuracy": trainer.accuracy(data.test), **trainer.activity().to_dict()})
-        status = _status(trainer)
+    def save() -> None:
         temporary = checkpoint.with_suffix(".part")
         torch.save(trainer.state(), temporary)
         os.replace(temporary, checkpoint)
-        result("running" if epoch < experiment.preset.epochs else status)
-    return trainer, result(status)
+
+    known = json.loads(result_path.read_text(encoding="utf-8")) if result_path.exists() else None
+    if known is not None and not checkpoint.exists():
+        raise FileExistsError(f"{result_path} is there, but not its checkpoint: choose another --out, or delete it")
+    if known is not None and known["data"] != described:
+        raise ValueError(
+            f"{result_path} must be of {described}, got {known['data']}: choose another --out, or delete it"
+        )
+    if checkpoint.exists():
+        trainer.load(_restored(checkpoint))
+    else:
+        trainer.history.append({"epoch": 0, **trainer.activity().to_dict()})
+        save()
+    ended = len(trainer.history) > experiment.preset.epochs
+    if ended and known is not None and len(known["history"]) == len(trainer.history) and known["status"] != "running":
+        return trainer, known
+
+    for epoch in range(len(trainer.history), experiment.preset.epochs + 1):
+        entry = {"epoch": epoch, **trainer.epoch(tick)}
+        if not math.isfinite(entry["loss"]):
+            trainer.load(_restored(checkpoint))
+            return trainer, result("diverged")
+        trainer.history.append({**entry, "test_accuracy": trainer.accuracy(data.test), **trainer.activity().to_dict()})
+        save()
+        if epoch < experiment.preset.epochs:
+            result("running")
+    return trainer, result(_status(trainer))
 
 
 def _status(trainer: Trainer) -> str:
