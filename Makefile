@@ -73,8 +73,9 @@ test: venv lint
 test-reference: venv
 	SPARSE_BACKEND_BUILD=none $(TEST) $(PYTEST_ARGS)
 
+# fused_triton.py needs Triton, which comes with torch for GPUs alone.
 doctest: venv
-	$(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' --doctest-continue-on-failure \
+	$(BIN)/python -m pytest --ignore=sparse_backend/bench/fused_triton.py --doctest-modules --doctest-glob='*.md' --doctest-continue-on-failure \
 	  sparse_backend $(wildcard README.md docs) $(PYTEST_ARGS)
 
 # torch itself is not instrumented, so the sanitizer is preloaded; libstdc++ with it, or the first C++ exception aborts.
