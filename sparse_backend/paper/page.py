@@ -21,7 +21,7 @@ COMMAND = (
     "--choosing docs/choosing-b_th.md"
 )
 _INTRO = f"""<!-- made by `{COMMAND}`: edit the results, not this page -->
-# The paper, reproduced
+# The paper's experiments, run again
 
 {published.SOURCE}. Its networks, written as plain snnTorch code and enabled by the one line, on its data sets and on
 stand-ins where they cannot be had. *Dense* is ordinary back-propagation, either snnTorch's own code ("stock") or the
