@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from sparse_backend import EventTensor, collate
@@ -109,6 +110,8 @@ def test_samples_spread_over_all(count, chosen):
         ([([0], [1]), ([-1], [0])], [0, 0], "sample 1: steps must be at least 0, got -1"),
         ([([0], [3])], [0], r"sample 0: units must lie in 0..2, got 3..3"),
         ([([0], [1])], [0, 1], "labels must be one for each of 1 samples, got 2"),
+        ([([0.5], [1])], [0], "sample 0: steps must be integers, got torch.float32: round them first"),
+        ([([0], [1]), ([0], [math.nan])], [0, 0], "sample 1: units must be integers"),
     ],
 )
 def test_samples_that_cannot_be(samples, labels, message):
@@ -169,6 +172,38 @@ def test_tonics_data_sets():
     assert got.labels.tolist() == [1, 0]
 
 
+class Torchvision:
+    """A data set as torchvision's MNIST: a grey image, or what a transform makes of it, and a label."""
+
+    def __init__(self, transform=None) -> None:
+        self.data = torch.randint(256, (5, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        self.targets, self.transform = torch.tensor([2, 0, 1, 1, 2]), transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index):
+        image = Image.fromarray(self.data[index].numpy())
+        return (image if self.transform is None else self.transform(image)), int(self.targets[index])
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """As torchvision's ToTensor: [1, rows, columns] in [0, 1]."""
+    return torch.from_numpy(np.array(image))[None].float() / 255
+
+
+@pytest.mark.parametrize("transform", [None, to_tensor])
+def test_torchvisions_data_sets(transform):
+    images = Torchvision(transform)
+    samples = [images[i] for i in range(len(images))]
+    pixels = torch.stack([(to_tensor(image) if transform is None else image).flatten() for image, _ in samples])
+    labels = torch.tensor([label for _, label in samples])
+    got = latency_set(ImageSet("theirs", pixels, labels, pixels[:2], labels[:2], 3), steps=30, tau_eff=6.0)
+    expected = latency_spikes(images.data.flatten(1) / 255, 30, tau_eff=6.0)
+    assert expected.any() and torch.equal(got.train.batch(range(5))[0].to_dense(), expected)
+    assert torch.equal(got.train.labels, images.targets)
+
+
 # --- N-MNIST -------------------------------------------------------------------------------------------------------
 
 
@@ -208,6 +243,25 @@ def test_nmnist_with_both_polarities_and_other_steps(tmp_path):
     got = load_nmnist(nmnist(tmp_path), steps=100, dt_us=3000.0, polarity="both")
     assert got.train.n_units == 2312
     assert got.train[1][0].to_dense().nonzero().tolist() == [[0, 37], [0, 1155], [0, 1156 + 37], [99, 1156]]
+
+
+def test_nmnist_whose_clock_ran_over(tmp_path):
+    mark = event(77, 240, 1, 5000)
+    recording = event(1, 0, 0, 2000) + mark + event(2, 0, 0, 2000) + mark + event(3, 0, 0, 2000)
+    got = load_nmnist(nmnist(tmp_path, {"Train/1/1.bin": recording, "Test/1/1.bin": mark}))
+    assert got.train[0][0].to_dense().nonzero().tolist() == [[2, 1], [2 + 8, 2], [2 + 16, 3]]
+    assert got.test[0][0].nnz == 0
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_a_mac_leaves_is_no_recording(tmp_path, zipped):
+    junk = (
+        {"Train/7/._00001.bin": b"\0" * 7, "Train/__MACOSX/Train/7/1.bin": b"\0" * 7}
+        if zipped
+        else {"Train/7/._00001.bin": b"\0" * 7}
+    )
+    got = load_nmnist(nmnist(tmp_path, {**FILES, **junk}, zipped))
+    assert got.train.labels.tolist() == [0, 7]
 
 
 @pytest.mark.parametrize(
@@ -298,18 +352,44 @@ def test_shd(tmp_path, zipped):
     [
         ({"without": ["labels"]}, "labels expected, got spikes: not SHD"),
         ({"without": ["spikes/units"]}, "spikes/units expected"),
-        ({"without": ["labels"], "groups": ["labels"]}, r"shd_train.h5: an HDF5 file expected .*group"),
+        (
+            {"without": ["labels"], "groups": ["labels"]},
+            r"shd_train.h5: labels must hold an integer a recording, got <HDF5 group",
+        ),
         ({"labels": (1,)}, "must be one for each recording, got 2, 2 and 1"),
         ({"units": ([0, 700, 5], [3])}, r"units must lie in 0..699, got 0..700"),
-        ({"units": ([0, 1], [3])}, "sample 0: steps and units must be arrays of one length"),
-        ({"times": ([0.0, math.nan, 1], [1.2])}, "recording 0: times must be finite"),
-        ({"times": ([0.0, -0.5, 1], [1.2])}, "sample 0: steps must be at least 0"),
+        ({"units": ([0, 1], [3])}, r"shd_train.h5: sample 0: steps and units must be arrays of one length"),
+        (
+            {"times": ([0.0, math.nan, 1], [1.2])},
+            "shd_train.h5: recording 0: times must be finite and at least 0, got nan",
+        ),
+        ({"times": ([0.0, -0.5, 1], [1.2])}, "recording 0: times must be finite and at least 0, got -0.5"),
         ({"labels": (20, 0)}, "train labels must lie in 0..19, got 0..20"),
     ],
 )
 def test_damaged_shd(tmp_path, keys, message):
     with pytest.raises(ValueError, match=message):
         load_shd(shd(tmp_path, **keys))
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("spikes/times", [[0.1, 0.2], [0.3, 0.4]]),
+        ("spikes/times", ["a", "b"]),
+        ("spikes/units", [1, 2]),
+        ("labels", [[0], [1]]),
+        ("labels", [0.5, 1.0]),
+        ("labels", 3),
+    ],
+)
+def test_shd_of_another_layout(tmp_path, key, values):
+    shd(tmp_path)
+    with h5py.File(tmp_path / "shd_test.h5", "r+") as file:
+        del file[key]
+        file[key] = values
+    with pytest.raises(ValueError, match=rf"shd_test.h5: {key} must hold .* a recording, got <HDF5 dataset.*: not SHD"):
+        load_shd(tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -403,6 +483,7 @@ def test_a_filter_lets_its_own_frequency_pass():
         ({"0_a_9.wav": wav(tone(300))[:500]}, "1600 samples expected, got 228"),
         ({"0_a_9.wav": b"RIFF"}, "a wav file expected"),
         ({"zero.wav": wav(tone(300))}, "a name like 7_jackson_32.wav expected"),
+        ({"17_jackson_3.wav": wav(tone(300))}, "a name like 7_jackson_32.wav expected"),
     ],
 )
 def test_damaged_speech(tmp_path, files, message):

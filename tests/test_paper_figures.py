@@ -196,7 +196,7 @@ def test_every_figure_is_drawn_the_same_every_time(tmp_path, capsys):
     assert set(one) == {f"{name}.svg" for name in expected}
     for name, text in one.items():
         assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg", name
-        assert len(text) < 200_000 and figures.DIGEST.search(text), name
+        assert len(text) < 150_000 and figures.DIGEST.search(text), name
 
 
 def test_a_figure_follows_its_numbers(tmp_path):

@@ -22,7 +22,8 @@ def directory_of(directory: str | Path) -> Path:
 def members(directory: Path, name: str, suffix: str) -> Iterator[tuple[str, bytes]]:
     """Name within the archive or folder, and content, of every file that ends in `suffix`, in the order of the names.
 
-    Read from the folder `<directory>/<name>` or, where there is none, from `<directory>/<name>.zip`.
+    Read from the folder `<directory>/<name>` or, where there is none, from `<directory>/<name>.zip`. What macOS puts
+    beside the files (`__MACOSX`, names that begin with a dot) is passed over.
 
     Raises:
         FileNotFoundError: neither is there, or there is no such file in it.
@@ -30,13 +31,15 @@ def members(directory: Path, name: str, suffix: str) -> Iterator[tuple[str, byte
     """
     folder, archive = directory / name, directory / f"{name}.zip"
     if folder.is_dir():
-        paths = sorted(folder.rglob(f"*{suffix}"))
-        found: Iterator[tuple[str, bytes]] = ((str(path.relative_to(directory)), path.read_bytes()) for path in paths)
+        paths = sorted(path for path in folder.rglob(f"*{suffix}") if not path.name.startswith("."))
+        found: Iterator[tuple[str, bytes]] = (
+            (path.relative_to(directory).as_posix(), path.read_bytes()) for path in paths
+        )
         count = len(paths)
     elif archive.is_file():
         try:
             with zipfile.ZipFile(archive) as opened:
-                names = sorted(entry for entry in opened.namelist() if entry.endswith(suffix))
+                names = sorted(entry for entry in opened.namelist() if _named(entry, suffix))
         except _UNREADABLE as error:
             raise ValueError(f"{archive}: a zip archive expected ({error}): {AGAIN}") from error
         found, count = _unzipped(archive, names), len(names)
@@ -48,6 +51,11 @@ def members(directory: Path, name: str, suffix: str) -> Iterator[tuple[str, byte
             f"{folder if folder.is_dir() else archive}: files ending in {suffix} expected, found none"
         )
     return found
+
+
+def _named(entry: str, suffix: str) -> bool:
+    *folders, name = entry.split("/")
+    return name.endswith(suffix) and not name.startswith(".") and "__MACOSX" not in folders
 
 
 def _unzipped(archive: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:

@@ -49,12 +49,18 @@ class Recordings(Dataset):
         """From one pair of arrays (steps, units) for each sample: integers, in any order.
 
         Several events of a unit in one step count as one; events at or after `steps` are left out.
-        Raises ValueError for a negative step, a unit outside 0..n_units-1, arrays of two lengths, or another number of
-        samples than of labels.
+        Raises ValueError for arrays that are not integers, a negative step, a unit outside 0..n_units-1, arrays of two
+        lengths, or another number of samples than of labels.
         """
-        kept: list[Tensor] = []
+        of_units = torch.int16 if n_units <= SMALL_UNITS else torch.int32
+        times: list[Tensor] = []  # narrow at once: a large data set has 10**8 events
+        units: list[Tensor] = []
         for position, (when, which) in enumerate(samples):
-            step, unit = torch.as_tensor(when).long(), torch.as_tensor(which).long()
+            step, unit = torch.as_tensor(when), torch.as_tensor(which)
+            for name, array in (("steps", step), ("units", unit)):
+                if array.is_floating_point() and array.numel():
+                    raise ValueError(f"sample {position}: {name} must be integers, got {array.dtype}: round them first")
+            step, unit = step.long(), unit.long()
             if step.shape != unit.shape or step.dim() != 1:
                 raise ValueError(
                     f"sample {position}: steps and units must be arrays of one length, "
@@ -66,15 +72,16 @@ class Recordings(Dataset):
                 raise ValueError(
                     f"sample {position}: units must lie in 0..{n_units - 1}, got {int(unit.min())}..{int(unit.max())}"
                 )
-            kept.append(torch.unique((step * n_units + unit)[step < steps]))
-        if len(kept) != len(labels):
-            raise ValueError(f"labels must be one for each of {len(kept)} samples, got {len(labels)}")
-        ptr = torch.zeros(len(kept) + 1, dtype=torch.int64)
-        ptr[1:] = torch.tensor([len(sample) for sample in kept], dtype=torch.int64).cumsum(0)
-        flat = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.int64)
+            flat = torch.unique((step * n_units + unit)[step < steps])
+            times.append((flat // n_units).to(torch.int16))
+            units.append((flat % n_units).to(of_units))
+        if len(times) != len(labels):
+            raise ValueError(f"labels must be one for each of {len(times)} samples, got {len(labels)}")
+        ptr = torch.zeros(len(times) + 1, dtype=torch.int64)
+        ptr[1:] = torch.tensor([len(sample) for sample in times], dtype=torch.int64).cumsum(0)
         return cls(
-            (flat // n_units).to(torch.int16),
-            (flat % n_units).to(torch.int16 if n_units <= SMALL_UNITS else torch.int32),
+            torch.cat([torch.empty(0, dtype=torch.int16), *times]),
+            torch.cat([torch.empty(0, dtype=of_units), *units]),
             ptr,
             torch.as_tensor(labels, dtype=torch.int64),
             steps,

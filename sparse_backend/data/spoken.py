@@ -33,7 +33,7 @@ RANGE = 60.0  # dB
 DRIVE, SPREAD, TAU = 2.0, 0.25, 10.0  # of the mean threshold; of the thresholds; ms
 TEST_INDICES = 5  # of each speaker and digit
 NOTE = "spoken digits through a simple filter bank, a stand-in for SHD"
-_NAME = re.compile(r"(\d)_(\w+)_(\d+)\.wav$")
+_NAME = re.compile(r"(?:.*/)?(\d)_(\w+)_(\d+)\.wav")
 _AT_ONCE = 64
 
 
@@ -55,15 +55,20 @@ def load_spoken(directory: str | Path, steps: int = 500, seed: int = 0) -> Event
     labels: dict[bool, list[int]] = {False: [], True: []}
     files = members(root, "recordings", ".wav")
     while chunk := list(islice(files, _AT_ONCE)):
-        for (path, _), events in zip(chunk, _spikes(chunk, bank, threshold, steps), strict=True):
-            named = _NAME.search(path)
-            if named is None:
-                raise ValueError(f"{path}: a name like 7_jackson_32.wav expected, digit_speaker_index")
+        names = [_named(path) for path, _ in chunk]
+        for named, events in zip(names, _spikes(chunk, bank, threshold, steps), strict=True):
             test = int(named[3]) < TEST_INDICES
             samples[test].append(events)
             labels[test].append(int(named[1]))
     train, test = (Recordings.from_samples(samples[part], labels[part], steps, CHANNELS) for part in (False, True))
     return EventSet("spoken digits", train, test, CLASSES, NOTE)
+
+
+def _named(path: str) -> re.Match[str]:
+    named = _NAME.fullmatch(path)
+    if named is None:
+        raise ValueError(f"{path}: a name like 7_jackson_32.wav expected, digit_speaker_index")
+    return named
 
 
 def filters() -> Tensor:
@@ -92,7 +97,7 @@ def _spikes(
         mem.masked_fill_(spikes[step], 0)
     for sample in range(len(files)):
         step, channel = spikes[:, sample].nonzero().unbind(1)
-        yield step, channel
+        yield step.short(), channel.short()  # narrow: all samples are held at once
 
 
 def _level(sound: Tensor, bank: Tensor) -> Tensor:

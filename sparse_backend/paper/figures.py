@@ -112,7 +112,7 @@ def swept(setting: Setting) -> bool:
 def draw(folder: Path, out: Path, page: Path | None = None, choosing: Path | None = None) -> None:
     """Draw into `out` what the results in `folder` give, and write the pages; says what was left out, and why.
 
-    page: written whole, remarks of a hand between its markers aside. choosing: its section between markers is.
+    page: written whole. choosing: its section between markers is.
 
     Raises:
         OSError: `folder` is not there, or something cannot be written.

@@ -70,7 +70,7 @@ class _Figures:
         self.figures, self.folder = figures, folder
 
     def __call__(self, *names: str) -> list[str]:
-        found = [f for name in names for f in self.figures if f.name == name or f.name.startswith(f"{name}-fm")]
+        found = [f for name in names for f in self.figures if f.name == name]
         return [
             f"![{figure.caption}]({self.folder}/{figure.file})\n\n*{figure.caption}*\n"
             if figure.data
@@ -249,7 +249,7 @@ def _gradients(results: Results, shown: _Figures) -> list[str]:
         "is wanted only where its neuron is active, so the sparse ones, zero elsewhere, are far from the dense ones as "
         "tensors, which the picture shows.\n",
         _table(["network", "relative error %", "cosine", "zeros %, sparse / dense"], rows),
-        *shown("gradients"),
+        *shown(*(figure.name for figure in shown.figures if figure.name.startswith("gradients"))),
     ]
 
 

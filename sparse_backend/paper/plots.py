@@ -6,15 +6,16 @@ import hashlib
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import matplotlib
-import matplotlib.lines
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -24,11 +25,17 @@ from . import published
 from .results import DENSE, STOCK, Gradients, Group, Mean, Picture, Point, Setting, SweepGroup, rule_b_th
 
 # Okabe and Ito's colours, told apart with any colour vision; vermilion is the paper's everywhere
-SPARSE, GREY, LIGHT_GREY, PAPER = "#0072B2", "#5c5c5c", "#a3a3a3", "#D55E00"
+SPARSE, LIGHT_SPARSE, GREY, LIGHT_GREY, PAPER = "#0072B2", "#5aa5d1", "#5c5c5c", "#9a9a9a", "#D55E00"
 SERIES = (SPARSE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv*"
 WIDTH = 7.2  # inches, of a text column
 SMALL = 7
+DPI = 200  # of images within a figure; nothing else has pixels
+LEAST_SPAN = 2.0  # points of accuracy that an axis shows: less is noise made large
+RING: dict[str, Any] = {
+    "marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 0.9,
+    "linestyle": "",
+}  # fmt: skip
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8,
@@ -66,8 +73,13 @@ def svg(draw: Callable[[Any], Figure], data: Any) -> tuple[str, str]:
         figure = draw(data)
         FigureCanvasAgg(figure)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        return buffer.getvalue(), digest(figure)
+        figure.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None})
+        return _smaller(buffer.getvalue()), digest(figure)
+
+
+def _smaller(text: str) -> str:
+    """Without comments and indentation, about a quarter of it."""
+    return re.sub(r"\n\s+", "\n", re.sub(r"<!--.*?-->\s*", "", text))
 
 
 def digest(figure: Figure) -> str:
@@ -127,11 +139,26 @@ def _labels(axes: Axes, labels: Sequence[Label], gap: float = 0.085) -> None:
         )  # fmt: skip
 
 
-def _paper_band(axes: Axes, low: float, high: float, text: str) -> None:
-    axes.axhspan(low, high, color=PAPER, alpha=0.09, linewidth=0)
-    axes.text(
-        0.985, high, text, color=PAPER, fontsize=SMALL, ha="right", va="bottom", transform=axes.get_yaxis_transform()
-    )
+def _paper(axes: Axes, low: float, high: float, text: str, at_top: bool = False) -> None:
+    """The paper's range as a band, one number as a line; the text where lines are least likely."""
+    if low == high:
+        axes.axhline(high, color=PAPER, linewidth=1)
+    else:
+        axes.axhspan(low, high, color=PAPER, alpha=0.09, linewidth=0)
+    axes.annotate(
+        text, (0.985, high if at_top else low), (0, -2 if at_top else 1.5), xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points", color=PAPER, fontsize=SMALL, ha="right", va="top" if at_top else "bottom",
+    )  # fmt: skip
+
+
+def _paper_active(axes: Axes) -> None:
+    low, high = published.ACTIVE
+    _paper(axes, low, high, f"paper: {low:g}–{high:g} %", at_top=axes.dataLim.y1 < 0.8 * high)
+    axes.set(ylabel="active neurons, %", ylim=(0, 1.1 * max(high, axes.dataLim.y1)), xlim=(0, None))
+
+
+def _legend(figure: Figure, handles: Iterable[Any]) -> None:
+    figure.legend(handles=list(handles), loc="outside upper left", ncols=4, fontsize=SMALL + 0.5)
 
 
 def _shades(count: int) -> list[tuple[float, ...]]:
@@ -141,10 +168,6 @@ def _shades(count: int) -> list[tuple[float, ...]]:
 
 def _colour(group: Group) -> str:
     return {STOCK: LIGHT_GREY, DENSE: GREY}.get(group.how, SPARSE)
-
-
-def _short(group: Group) -> str:
-    return {STOCK: "stock", DENSE: "dense"}.get(group.how, group.how)
 
 
 def _over_epochs(group: Group, quantity: Callable[[Any], float | None]) -> tuple[list[int], np.ndarray]:
@@ -158,15 +181,16 @@ def _over_epochs(group: Group, quantity: Callable[[Any], float | None]) -> tuple
     return epochs, np.array([(np.mean(values[e]), min(values[e]), max(values[e])) for e in epochs]).reshape(-1, 3)
 
 
-def _band(axes: Axes, x: Sequence[float], values: np.ndarray, colour: Any, **line: Any) -> None:
-    axes.fill_between(x, values[:, 1], values[:, 2], color=colour, alpha=0.18, linewidth=0)
-    axes.plot(x, values[:, 0], color=colour, marker="o" if len(x) == 1 else None, **line)
+def _band(axes: Axes, x: Sequence[float], values: np.ndarray, color: Any, **line: Any) -> None:
+    """values: [x, 3], mean, lowest, highest."""
+    axes.fill_between(x, values[:, 1], values[:, 2], color=color, alpha=0.18, linewidth=0)
+    axes.plot(x, values[:, 0], color=color, marker="o" if len(x) == 1 else None, **line)
 
 
-def _log_ticks(axes: Axes, first: float, last: float) -> None:
-    ticks = [m * 10**e for e, m in itertools.product(range(-3, 5), (1, 2, 5))]
+def _log_ticks(axes: Axes, last: int) -> None:
+    ticks = [m * 10**e for e, m in itertools.product(range(5), (1, 2, 5))]
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if first <= tick <= last]))
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick <= last]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -184,38 +208,32 @@ def activity(settings: Sequence[Setting]) -> Figure:
     figure, panels = _panels(len(settings))
     for axes, setting in zip(panels, settings, strict=True):
         labels = []
-        low, high = published.ACTIVE
-        highest = high
         for group in setting.sparse[:1]:
             layers = len(group.runs[0].history[0].active)
             for layer, colour in enumerate(_shades(layers)):
                 epochs, values = _over_epochs(group, lambda entry, layer=layer: entry.active[layer])  # type: ignore[misc]
                 _band(axes, epochs, values, colour, label=f"layer {layer + 1}")
                 labels.append(Label(epochs[-1], float(values[-1, 0]), f"layer {layer + 1}", colour))
-                highest = max(highest, values.max())
-        _paper_band(axes, low, high, f"paper: {low:g}–{high:g} %")
-        axes.set(
-            title=_title(setting), xlabel="epoch", ylabel="active neurons, %", ylim=(0, 1.12 * highest), xlim=(0, None)
-        )
+        _paper_active(axes)
+        axes.set(title=_title(setting), xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _labels(axes, labels)
     return figure
 
 
 def activity_by_hidden(settings: dict[str, Sequence[Setting]]) -> Figure:
-    """Active %, mean over hidden layers, over training: a line for each number of hidden neurons."""
+    """Active %, mean over hidden layers, over the epochs that all have: a line for each number of neurons."""
     figure, panels = _panels(len(settings))
     for axes, of_one in zip(panels, settings.values(), strict=True):
-        labels = []
+        labels, end = [], min(setting.sparse[0].epochs for setting in of_one)
         for setting, colour in zip(of_one, _shades(len(of_one)), strict=True):
             epochs, values = _over_epochs(setting.sparse[0], lambda entry: float(np.mean(entry.active)))
+            epochs, values = epochs[: end + 1], values[: end + 1]
             name = "-".join(map(str, setting.subject.preset.hidden))
             _band(axes, epochs, values, colour, label=name)
             labels.append(Label(epochs[-1], float(values[-1, 0]), name, colour))
-        low, high = published.ACTIVE
-        _paper_band(axes, low, high, f"paper: {low:g}–{high:g} %")
-        axes.set(title=of_one[0].subject.title.split(",")[0], xlabel="epoch", ylabel="active neurons, %")
-        axes.set(ylim=(0, 1.12 * max(high, axes.dataLim.y1)), xlim=(0, None))
+        _paper_active(axes)
+        axes.set(title=of_one[0].title.split(", hidden")[0], xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _labels(axes, labels)
     return figure
@@ -232,18 +250,23 @@ def accuracy_over_epochs(settings: Sequence[Setting]) -> Figure:
 def _curves(settings: Sequence[Setting], quantity: str, name: str) -> Figure:
     """Sparse against dense over epochs, on a logarithmic axis: dense runs are often the shorter ones."""
     figure, panels = _panels(len(settings))
+    lines = {}
     for axes, setting in zip(panels, settings, strict=True):
-        labels, longest = [], 1
-        for group in (*setting.dense, *setting.sparse):
+        longest = 2
+        for group in (*setting.sparse, *setting.dense):
             epochs, values = _over_epochs(group, lambda entry: getattr(entry, quantity))
             if epochs:
-                _band(axes, epochs, values, _colour(group), label=group.how)
-                labels.append(Label(epochs[-1], float(values[-1, 0]), _short(group), _colour(group)))
+                style: dict[str, Any] = {"color": _colour(group), "linestyle": "-" if group.sparse else (0, (3, 1.5))}
+                lines[group.how] = Line2D([], [], label=group.how, **style)
+                _band(axes, epochs, values, **style, label=group.how)
                 longest = max(longest, epochs[-1])
-        _log_ticks(axes, 1, longest)
+        if axes.dataLim.y0 > 0 and axes.dataLim.y1 > 30 * axes.dataLim.y0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _log_ticks(axes, longest)
         axes.set(title=_title(setting), xlabel="epoch", ylabel=name)
         axes.margins(y=0.08)
-        _labels(axes, labels)
+    _legend(figure, lines.values())
     return figure
 
 
@@ -269,40 +292,37 @@ def accuracy(settings: Sequence[Setting]) -> Figure:
     all_bars = [bars_of(setting) for setting in settings]
     figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     axes = figure.subplots()
-    left, centres = 0.0, []
+    left, centres, marked = 0.0, [], False
     for setting, bars in zip(settings, all_bars, strict=True):
         reported = published.PUBLISHED.get(setting.subject.name) if not setting.subject.changes else None
         for place, bar in enumerate(bars):
             x = left + place
-            axes.bar(
-                x,
-                bar.accuracy.value,
-                0.82,
-                color=_colour(bar.group),
-                alpha=0.9 if bar.epoch == bar.group.epochs else 0.55,
-            )
+            colour = _colour(bar.group) if bar.epoch == bar.group.epochs else LIGHT_SPARSE
+            axes.bar(x, bar.accuracy.value, 0.82, color=colour)
             dots = list(bar.group.accuracies(bar.epoch).values())
             offsets = np.linspace(-0.22, 0.22, len(dots)) if len(dots) > 1 else [0.0]
             axes.plot(x + np.asarray(offsets), dots, "o", color="black", markersize=1.6, linestyle="")
             if bar.accuracy.error is not None:
                 axes.errorbar(x, bar.accuracy.value, bar.accuracy.error, color="black", capsize=3, linewidth=0.9)
-            text = f"{bar.accuracy.value:.1f}" + (
-                f"\n±{bar.accuracy.error:.1f}" if bar.accuracy.error is not None else ""
-            )
+            text = f"{bar.accuracy.value:.1f}"
+            if bar.accuracy.error is not None:
+                text += f"\n±{bar.accuracy.error:.1f}"
             axes.annotate(text, (x, 102), ha="center", va="bottom", fontsize=SMALL)
             axes.annotate(f"epoch\n{bar.epoch}", (x, 2), ha="center", va="bottom", fontsize=6, color="white")
             if reported and (mark := reported.accuracy[bar.group.sparse]) is not None:
-                axes.plot([x - 0.41, x + 0.41], [mark, mark], color=PAPER, linewidth=1.6)
+                axes.plot([x - 0.41, x + 0.41], [mark, mark], color=PAPER, linewidth=1.4, zorder=1.9)
+                marked = True
         centres.append(left + (len(bars) - 1) / 2)
         left += len(bars) + 0.9
     axes.set(ylabel="test accuracy, %", ylim=(0, 114), yticks=range(0, 101, 20), xlim=(-0.8, max(left - 1.1, 4)))
     axes.set_xticks(centres, [_title(setting) for setting in settings])
     axes.tick_params(axis="x", length=0)
-    present = {bar.group.how if not bar.group.sparse else "sparse" for bars in all_bars for bar in bars}
-    names = {STOCK: (LIGHT_GREY, "stock"), DENSE: (GREY, "dense"), "sparse": (SPARSE, "sparse")}
-    handles: list[Any] = [Patch(color=colour, label=text) for how, (colour, text) in names.items() if how in present]
-    handles.append(matplotlib.lines.Line2D([], [], color=PAPER, linewidth=1.6, label="the paper's number"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=SMALL + 0.5)
+    handles: dict[str, Any] = {
+        bar.group.how: Patch(color=_colour(bar.group), label=bar.group.how) for bars in all_bars for bar in bars
+    }
+    if marked:
+        handles["paper"] = Line2D([], [], color=PAPER, linewidth=1.6, label="the paper's number")
+    _legend(figure, handles.values())
     return figure
 
 
@@ -337,15 +357,14 @@ def _blocks(figure: Figure, row: Sequence[Axes], picture: Picture) -> None:
                       linewidth=0, zorder=0)
         )  # fmt: skip
         image = axes.imshow(
-            np.ma.masked_equal(block, 0), cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", interpolation="none"
+            np.ma.masked_equal(block, 0), cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", interpolation="nearest"
         )
         axes.set_title(title)
         axes.set_xlabel(picture.axes[1])
         axes.grid(False)
         for spine in axes.spines.values():
             spine.set_visible(True)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set(xticks=[], yticks=[])  # rows and columns are picked: their places in the block mean nothing
     row[0].set_ylabel(picture.axes[0])
     bar = figure.colorbar(image, ax=list(row), fraction=0.02, pad=0.01, extend="both", ticks=[-top, 0, top])
     bar.ax.set_yticklabels([f"{-top:.1g}", "0", f"{top:.1g}"], fontsize=6.5)
@@ -393,6 +412,7 @@ def hidden(groups: Sequence[SweepGroup]) -> Figure:
         _sweep_panel(axes, quantity, groups, lambda group: [point.value for point in group.points])
         axes.set_xlabel("neurons in each hidden layer")
         axes.set_xlim(0, None)
+    _legend(figure, _handles(groups))
     return figure
 
 
@@ -408,10 +428,8 @@ def activity_at_end(groups: Sequence[SweepGroup]) -> Figure:
             heights = [value.value for value in y if value is not None]
             axes.plot(x, heights, "o-", color=colour, label=f"layer {layer + 1}")
             labels.append(Label(x[-1], heights[-1], f"layer {layer + 1}", colour))
-        low, high = published.ACTIVE
-        _paper_band(axes, low, high, f"paper: {low:g}–{high:g} %")
-        axes.set(title=group.subject.title, xlabel="neurons in each hidden layer", ylabel="active neurons, %")
-        axes.set(ylim=(0, 1.12 * max(high, axes.dataLim.y1)), xlim=(0, None))
+        _paper_active(axes)
+        axes.set(title=group.subject.title, xlabel="neurons in each hidden layer")
         _labels(axes, labels)
     return figure
 
@@ -422,6 +440,7 @@ def depth(groups: Sequence[SweepGroup]) -> Figure:
         _sweep_panel(axes, quantity, groups, lambda group: [point.value for point in group.points])
         axes.set_xlabel("hidden layers")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure, _handles(groups))
     return figure
 
 
@@ -443,7 +462,7 @@ def b_th(groups: Sequence[SweepGroup]) -> Figure:
         over: Literal["b_th", "mass"]
         for row, x, over in ((rows[0], width, "b_th"), (rows[1], mass, "mass")):
             axes = row[column]
-            _sweep_panel(axes, quantity._replace(paper=None), groups, x, named=False, ring=over)
+            _sweep_panel(axes, quantity._replace(paper=None), groups, x, over)
             axes.set_title(quantity.title if over == "b_th" else "")
             axes.yaxis.set_major_locator(MaxNLocator(5))
         ticks = [value for value in (0.01, 0.05, 0.2, 0.8, 3) if min(finite, default=1) <= value <= dense_at / 2]
@@ -453,14 +472,15 @@ def b_th(groups: Sequence[SweepGroup]) -> Figure:
         rows[0][column].xaxis.set_minor_locator(NullLocator())
         rows[0][column].set_xlabel("b_th")
         rows[1][column].set_xlabel("surrogate mass kept, %")
-    handles = [
-        matplotlib.lines.Line2D([], [], color=colour, marker=marker, label=_of_sweep(group, groups))
+    _legend(figure, [*_handles(groups), Line2D([], [], label='95 % of the mass, b_th="auto"', **RING)])
+    return figure
+
+
+def _handles(groups: Sequence[SweepGroup]) -> list[Line2D]:
+    return [
+        Line2D([], [], color=colour, marker=marker, label=_of_sweep(group, groups))
         for group, (colour, marker) in zip(groups, _series(), strict=False)
     ]
-    ring: Any = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgecolor": "black", "linestyle": ""}
-    handles.append(matplotlib.lines.Line2D([], [], label="95 % of the mass: b_th = auto", **ring))
-    figure.legend(handles=handles, loc="outside upper left", ncols=2 if len(handles) > 3 else 4, fontsize=SMALL + 0.5)
-    return figure
 
 
 def _series() -> Iterator[tuple[str, str]]:
@@ -481,32 +501,26 @@ def _sweep_panel(
     quantity: Quantity,
     groups: Sequence[SweepGroup],
     x_of: Callable[[SweepGroup], list[float]],
-    named: bool = True,
     ring: Literal["", "b_th", "mass"] = "",
 ) -> None:
     """A line for each sweep, standard errors over its seeds; `ring`: with the rule's b_th marked on such an axis."""
-    labels = []
     for group, (colour, marker) in zip(groups, _series(), strict=False):
         x, y = x_of(group), [point.get(quantity.row) for point in group.points]
         errors = [_error(point, quantity.row) for point in group.points]
-        axes.errorbar(x, y, errors, color=colour, marker=marker, capsize=2, elinewidth=0.8)
+        axes.errorbar(x, y, errors if any(errors) else None, color=colour, marker=marker, capsize=2, elinewidth=0.8)
         if ring:
             _ring(axes, group, x, y, ring)
-        there = [(a, b) for a, b in zip(x, y, strict=True) if not math.isnan(b)]
-        if there:
-            labels.append(Label(*there[-1], _of_sweep(group, groups), colour))
     axes.set(title=quantity.title, ylabel=quantity.unit)
-    if quantity.row != "test_accuracy":
+    if quantity.row == "test_accuracy":
+        low, high = axes.dataLim.y0, axes.dataLim.y1
+        room = max(0.08 * (high - low), (LEAST_SPAN - (high - low)) / 2)
+        axes.set_ylim(low - room, high + room)
+    else:
         axes.set_ylim(0, 1.12 * max(axes.dataLim.y1, *(quantity.paper or (0,))))
     if quantity.row in ("backward", "whole"):
         axes.axhline(1, color="#444444", linewidth=0.8, linestyle=(0, (2, 2)))
     if quantity.paper:
-        low, high = quantity.paper
-        if low == high:
-            axes.axhline(high, color=PAPER, linewidth=1)
-        _paper_band(axes, low, high, quantity.paper_text)
-    if named and len(groups) > 1:
-        _labels(axes, labels)
+        _paper(axes, *quantity.paper, quantity.paper_text, at_top=quantity is BACKWARD)
 
 
 def _ring(axes: Axes, group: SweepGroup, x: list[float], y: list[float], over: str) -> None:
@@ -516,10 +530,7 @@ def _ring(axes: Axes, group: SweepGroup, x: list[float], y: list[float], over: s
     if not (widths and widths[0] <= at <= widths[-1]):
         return
     height = np.interp(math.log(at), np.log(x), y) if over == "b_th" else np.interp(100 * AUTO_MASS, x, y)
-    axes.plot(
-        [at if over == "b_th" else 100 * AUTO_MASS], [float(height)], "o", markersize=8, markerfacecolor="none",
-        markeredgecolor="black", markeredgewidth=0.9,
-    )  # fmt: skip
+    axes.plot([at if over == "b_th" else 100 * AUTO_MASS], [float(height)], **RING)
 
 
 def _error(point: Point, quantity: str) -> float:
