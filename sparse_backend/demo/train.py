@@ -99,7 +99,7 @@ class Trainer:
 
 
 @torch.no_grad()
-def stock_activity(net: Net, spikes: Tensor, b_th: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+def stock_activity(net: nn.Module, spikes: Tensor, b_th: Mapping[str, float]) -> dict[str, tuple[float, float]]:
     """Active % and spikes % of a stock model's neurons on one batch, from hooks.
 
     Args:

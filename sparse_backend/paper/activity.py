@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from sparse_backend import policy, reporting
+from sparse_backend.demo.train import stock_activity
 
 if TYPE_CHECKING:
     from .train import Experiment
@@ -41,23 +41,11 @@ def _enabled(net: nn.Module, x: Any) -> Activity:
     )
 
 
-@torch.no_grad()
 def _stock(net: Any, x: Any, experiment: Experiment) -> Activity:
-    counts = torch.zeros(len(net.neurons), 3, dtype=torch.float64)  # spikes, active, all
-    hooks = []
-    for layer, neuron in enumerate(net.neurons):
-        width = float(policy.resolve_b_th(experiment.preset.b_th, neuron.spike_grad))
-
-        def count(module: Any, _: Any, output: Any, layer: int = layer, width: float = width) -> None:
-            spk, mem = output
-            near = (mem - module.threshold).abs() < width if width < math.inf else torch.ones_like(mem)
-            counts[layer] += torch.stack([spk.count_nonzero(), near.sum(), torch.tensor(spk.numel())])
-
-        hooks.append(neuron.register_forward_hook(count))
-    try:
-        net(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    spikes, active, entries = counts.unbind(1)
-    return Activity((100 * spikes / entries).tolist(), (100 * active / entries).tolist())
+    b_th = experiment.preset.b_th
+    widths = {
+        f"neurons.{layer}": float(policy.resolve_b_th(b_th, neuron.spike_grad))
+        for layer, neuron in enumerate(net.neurons)
+    }
+    active, spikes = zip(*stock_activity(net, x, widths).values(), strict=True)
+    return Activity(list(spikes), list(active))

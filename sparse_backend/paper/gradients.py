@@ -39,21 +39,13 @@ def gradients(trainer: Trainer) -> dict[str, Any]:
     x, labels = trainer.data.test.batch(indices)
     spikes = x.to_dense()
 
-    def run(net: nn.Module, given: Any) -> dict[str, Tensor]:
-        net.zero_grad()
-        mem, hidden = net(given)
-        trainer.loss(mem, hidden, labels).backward()
-        return {
-            name: parameter.grad.clone() for name, parameter in net.named_parameters() if parameter.grad is not None
-        }
-
     stock, masked = trainer.stock(), trainer.stock()
     mask(masked, trainer.experiment.preset.b_th)
-    sparse = run(trainer.net, x)
+    sparse = parameter_gradients(trainer, trainer.net, x, labels)
     with Watched(stock.neurons[0]) as dense_watched:
-        dense = run(stock, spikes)
+        dense = parameter_gradients(trainer, stock, spikes, labels)
     with Watched(masked.neurons[0]) as masked_watched:
-        run(masked, spikes)
+        parameter_gradients(trainer, masked, spikes, labels)
     width = float(policy.resolve_b_th(trainer.experiment.preset.b_th, stock.neurons[0].spike_grad))
     pictures = []
     if len(trainer.experiment.preset.hidden) > 1:
@@ -84,6 +76,14 @@ def gradients(trainer: Trainer) -> dict[str, Any]:
         ],
         "pictures": pictures,
     }
+
+
+def parameter_gradients(trainer: Trainer, net: nn.Module, x: Any, labels: Tensor) -> dict[str, Tensor]:
+    """Of the trainer's loss of a network on x [T, B, N]; parameters without a gradient are left out."""
+    net.zero_grad()
+    mem, spikes = net(x)
+    trainer.loss(mem, spikes, labels).backward()
+    return {name: parameter.grad.clone() for name, parameter in net.named_parameters() if parameter.grad is not None}
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from sparse_backend.policy import resolve_b_th
 from sparse_backend.surrogate import mass_of_b_th
 
 from . import datasets, options
-from .gradients import agreeing, mask, relative_error
+from .gradients import agreeing, mask, parameter_gradients, relative_error
 from .presets import Preset
 from .train import Experiment, Trainer, train, write
 
@@ -180,12 +180,6 @@ def _kept(side: Side, labels: Tensor, loss: Callable[[Side], Tensor]) -> int:
     return kept_bytes(lambda: loss(side), exclude=own)
 
 
-def _gradients(side: Side, loss: Callable[[Side], Tensor]) -> dict[str, Tensor]:
-    side.net.zero_grad()
-    loss(side).backward()
-    return {name: p.grad.clone() for name, p in side.net.named_parameters() if p.grad is not None}
-
-
 def _agree(trainer: Trainer, indices: Tensor) -> Tensor:
     """Which samples agree with stock's: E1 and E3 in float32. A membrane within rounding of the threshold may spike in
     one and not in the other: there may be few such samples, and on all others gradients must be masked stock's."""
@@ -193,9 +187,10 @@ def _agree(trainer: Trainer, indices: Tensor) -> Tensor:
     share, worst = 1 - float(kept.double().mean()), 1.0
     if share <= FLIPPED:
         x, labels = trainer.data.train.batch(indices[kept])
-        loss, masked = _loss(trainer, labels), trainer.stock()
+        masked = trainer.stock()
         mask(masked, trainer.experiment.preset.b_th)
-        theirs, ours = (_gradients(side, loss) for side in (Side(masked, x.to_dense()), Side(trainer.net, x)))
+        theirs = parameter_gradients(trainer, masked, x.to_dense(), labels)
+        ours = parameter_gradients(trainer, trainer.net, x, labels)
         worst = max(relative_error(ours[name], theirs[name]) for name in theirs)
     if share > FLIPPED or not worst <= ERROR:  # NaN is no agreement
         raise Disagreement(
@@ -209,6 +204,6 @@ def _agree(trainer: Trainer, indices: Tensor) -> Tensor:
 def _gradient_errors(trainer: Trainer, indices: Tensor) -> list[float]:
     """Relative, sparse against stock, of each linear or convolutional layer's weight, input to output."""
     x, labels = trainer.data.train.batch(indices)
-    loss = _loss(trainer, labels)
-    dense, sparse = (_gradients(side, loss) for side in (Side(trainer.stock(), x.to_dense()), Side(trainer.net, x)))
+    dense = parameter_gradients(trainer, trainer.stock(), x.to_dense(), labels)
+    sparse = parameter_gradients(trainer, trainer.net, x, labels)
     return [relative_error(sparse[name], dense[name]) for name in dense if name.endswith("weight")]
