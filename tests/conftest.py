@@ -20,6 +20,15 @@ def seed():
 
 
 @pytest.fixture
+def one_thread():
+    """For tensors too small for more, which only wait for each other on a busy machine."""
+    from helpers import threads
+
+    with threads(1):
+        yield
+
+
+@pytest.fixture
 def neurons(monkeypatch):
     """snnTorch's list of all neurons, which `utils.reset` resets, begins empty."""
     snn = pytest.importorskip("snntorch")

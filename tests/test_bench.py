@@ -39,13 +39,7 @@ SEQUENCES = (cases.STOCK, cases.SEQUENCE, cases.SEQUENCE_EVENTS)
 SETTINGS = measure.Settings(repeats=2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors here are too small for more, which only wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

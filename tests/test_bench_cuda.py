@@ -56,12 +56,7 @@ CROSSING = dataclasses.replace(
 OURS = (cases.SEQUENCE, cases.SEQUENCE_EVENTS, cases.GRAPH, cases.LOOP, cases.LOOP_EVENTS)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

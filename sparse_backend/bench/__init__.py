@@ -12,11 +12,12 @@ import dataclasses
 import gc
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sparse_backend.atomic import write_text
 
 if TYPE_CHECKING:
     from sparse_backend.bench.cases import Case
@@ -160,7 +161,7 @@ def _measure(options: argparse.Namespace) -> int:
             where = where or machine.describe(device)
             content = _content(options, results, failed, where)
             if options.json is not None:
-                _write(options.json, content)
+                write_text(options.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
     finally:
         measure.set_threads(threads)
     if results:
@@ -195,13 +196,6 @@ def _content(
     title = options.title or ("GPU" if options.device == "cuda" else "CPU")
     asked = {"seed": options.seed, "quick": options.quick}
     return render.document(results, {"title": title, **where, **asked, "failed": failed})
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    """All of it or nothing: what is there already stays when this is interrupted."""
-    new = file.with_name(file.name + ".new")
-    new.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(new, file)
 
 
 def _say(text: str) -> None:

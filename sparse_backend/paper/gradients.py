@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_backend import EventTensor, policy
+from sparse_backend.atomic import write_text
 from sparse_backend.bench import machine
 
-from .train import Trainer, write
+from .train import Trainer
 
 ROWS, COLUMNS = 30, 50  # of a picture
 FIGURES = 3  # significant ones, of its numbers
@@ -24,7 +25,7 @@ CLOSE = 1e-4  #: of the largest value, how far apart two readouts of a sample ma
 def write_gradients(trainer: Trainer, out: Path, command: str) -> None:
     """`<out>/<id>.gradients.json`."""
     values = {**gradients(trainer), "command": command, **machine.describe()}
-    write(out / f"{trainer.experiment.id}.gradients.json", json.dumps(values, allow_nan=False) + "\n")
+    write_text(out / f"{trainer.experiment.id}.gradients.json", json.dumps(values, allow_nan=False) + "\n")
 
 
 def gradients(trainer: Trainer) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_backend import EventTensor
+from sparse_backend.atomic import write_text
 from sparse_backend.bench import machine
 from sparse_backend.bench.measure import set_threads
 from sparse_backend.bench.memory import kept_bytes
@@ -28,7 +29,7 @@ from sparse_backend.surrogate import mass_of_b_th
 from . import datasets, options
 from .gradients import agreeing, mask, parameter_gradients, relative_error
 from .presets import Preset
-from .train import Experiment, Trainer, train, write
+from .train import Experiment, Trainer, train
 
 VALUES: dict[str, tuple[float, ...]] = {
     "hidden": (100, 200, 400, 600, 800, 1000),
@@ -80,7 +81,7 @@ def sweep(arguments: argparse.Namespace, command: str) -> None:
             }
             surrogate = f"slope{base.slope:g}" if base.slope else "atan"
             name = f"sweep_{arguments.dataset}_{arguments.over}_{surrogate}_seed{arguments.seed}.json"
-            write(arguments.out / name, json.dumps(whole, indent=1, allow_nan=False) + "\n")
+            write_text(arguments.out / name, json.dumps(whole, indent=1, allow_nan=False) + "\n")
     finally:
         set_threads(before)
 

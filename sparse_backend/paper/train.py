@@ -18,6 +18,7 @@ from torch import Tensor
 
 import sparse_backend
 from sparse_backend import losses
+from sparse_backend.atomic import write_text
 from sparse_backend.bench import machine
 from sparse_backend.data import EventSet, Recordings
 
@@ -198,7 +199,7 @@ def train(
             "command": command,
             **machine.describe(),
         }
-        write(result_path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+        write_text(result_path, json.dumps(values, indent=1, allow_nan=False) + "\n")
         return values
 
     def save() -> None:
@@ -237,10 +238,3 @@ def train(
 def _status(trainer: Trainer) -> str:
     """ "dead" where a hidden layer has no spike left: no gradient reaches what lies below."""
     return "finished" if all(trainer.history[-1]["spikes_pct"]) else "dead"
-
-
-def write(path: Path, text: str) -> None:
-    """A file that is whole at every moment."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
