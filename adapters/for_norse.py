@@ -17,7 +17,7 @@ from norse.torch.module.lif_correlation import LIFCorrelation
 from norse.torch.module.lift import Lift
 from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 
-from sparse_backend import tensorlike
+from sparse_backend import autocasting, tensorlike
 from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.timefusion import recorder
 
@@ -74,6 +74,8 @@ def forward(module: Any, input_tensor: Any, state: Any = None) -> Any:
     """An enabled neuron's forward."""
     layer = module.__dict__[STATE]
     if not torch.compiler.is_compiling():
+        if autocasting.is_on():
+            input_tensor = autocasting.widened(input_tensor)
         into, kind = recorder.current(), KINDS[type(module)]
         if into is not None and not kind.in_time:
             recorded = record(into, module, layer, kind, input_tensor, state)

@@ -12,7 +12,7 @@ from norse.torch.module.leaky_integrator import LILinearCell
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparse_backend import policy
+from sparse_backend import autocasting, policy
 from sparse_backend.deferred import DeferredCurrent, WeightCache, unusual
 from sparse_backend.enabling import LayerState
 from sparse_backend.events import EventTensor
@@ -93,6 +93,8 @@ class Call(NamedTuple):
                 i = i + linear(layer.weights.recurrent, recurrent, None, z)
                 z = recurrent = None
         asked_dense = plan.why_dense is not None or goes_dense(layer)
+        if recurrent is not None and autocasting.is_on():
+            recurrent = autocasting.rounded(recurrent)
         result = run_lif(
             current, sizes, neuron, v, i, plan.spike_grad, plan.b_th, recurrent=recurrent, z=z,
             keep_states=keep_states, max_active=policy.MAX_ACTIVE, dense=asked_dense,
@@ -144,6 +146,8 @@ def prepare(module: Any, layer: LayerState, kind: Kind, input_: Any, state: Any,
     """A call, or why it has to be Norse's own. in_time: whether the first dimension of the input is time."""
     if type(input_) is Placeholder:
         input_ = input_.value()
+    if autocasting.is_on():
+        input_ = autocasting.widened(input_)
     reason = unusual() or _why_not_input(input_, in_time)
     if reason is not None:
         return reason

@@ -16,7 +16,7 @@ from snntorch import Leaky, SpikingNeuron
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparse_backend import dynamics, policy, surrogate
+from sparse_backend import autocasting, dynamics, policy, surrogate
 from sparse_backend.deferred import DeferredCurrent, WeightCache, unusual
 from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.execute import can_trace, run_leaky, run_leaky_traced
@@ -68,6 +68,8 @@ def forward(module: Any, input_: Any, mem: Any = None) -> Any:
     if torch.compiler.is_compiling():
         return _compiled_forward(module, input_, mem)
     state = module.__dict__[STATE]
+    if autocasting.is_on():
+        input_, mem = _wide(module, input_, mem)
     into = recorder.enclosing()
     if into is not None:
         recorded = record(into, module, state, input_, mem) if into.accepts() else None
@@ -80,7 +82,17 @@ def forward(module: Any, input_: Any, mem: Any = None) -> Any:
 def _patched_forward(state_for: Any, module: Any, input_: Any, mem: Any = None) -> Any:
     if torch.compiler.is_compiling():
         return _own_forward(module, input_, mem)
+    if autocasting.is_on():
+        input_, mem = _wide(module, input_, mem)
     return _forward(module, state_for(module), input_, mem)
+
+
+def _wide(module: Any, input_: Any, mem: Any) -> tuple[Any, Any]:
+    """A call's current and membrane in the precision of its parameters, where autocast has made them narrow."""
+    buffers = module._buffers
+    if "mem" in buffers:
+        buffers["mem"] = autocasting.widened(buffers["mem"])
+    return autocasting.widened(input_), autocasting.widened(mem)
 
 
 #: modules that are not neurons but run better for them: class -> forward and state

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparse_backend import policy
-from sparse_backend.deferred import DeferredCurrent, WeightCache, WeightHub, defer, is_finite, unusual
+from sparse_backend import autocasting, policy
+from sparse_backend.deferred import DeferredCurrent, WeightCache, defer, is_finite, unusual
 from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike, implements
@@ -106,10 +106,10 @@ def of_all_steps(current: DeferredCurrent) -> DeferredCurrent | Tensor:
     if cache is not None:
         if cache.weight is None or cache.hub(cache.weight, cache.bias) is not hub:
             return current
-        return DeferredCurrent(current.events, WeightHub(cache.weight, cache.bias, None, 0))
+        return DeferredCurrent(current.events, cache.of_all_steps())
     if all(part is None or is_finite(part) for part in (hub.weight, hub.bias)):
         return current
-    return torch.nn.functional.linear(current.events.to_dense(), hub.weight, hub.bias)
+    return current.by_torch()
 
 
 class LinearState:
@@ -165,9 +165,12 @@ class LinearState:
 
 
 def linear_forward(module: Any, input: Any) -> Any:
-    """An enabled `nn.Linear`'s forward: deferred where its input is events, or dense with few nonzero entries."""
+    """An enabled `nn.Linear`'s forward: deferred where its input is events, or dense with few nonzero entries. Its
+    dtype is the weight's, under autocast too."""
     if torch.compiler.is_compiling():
         return torch.nn.functional.linear(input, module.weight, module.bias)
+    if autocasting.is_on():
+        input = autocasting.widened(input)
     parameters = module._parameters
     weight = parameters.get("weight")
     if weight is None:  # a replica's or a parametrized one
@@ -182,7 +185,7 @@ def linear_forward(module: Any, input: Any) -> Any:
         if recorded is not None:
             return recorded
         if type(input) is Placeholder and len(input.shape) != 2:  # not a row of neurons per sample
-            return torch.nn.functional.linear(input, weight, bias)
+            return torch.nn.functional.linear(input, weight, bias).to(weight.dtype)
     return linear(state, weight, bias, input)
 
 
@@ -209,7 +212,7 @@ def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) 
                 return current
     if isinstance(input, TensorLike):
         input = input.to_dense()
-    return torch.nn.functional.linear(input, weight, bias)
+    return torch.nn.functional.linear(input, weight, bias).to(weight.dtype)
 
 
 def batch_norm_forward(module: Any, input: Any) -> Any:

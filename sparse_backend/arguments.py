@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from sparse_backend import policy
+from sparse_backend.autocasting import NARROW, lowered, widened
 from sparse_backend.deferred import DeferredCurrent, WeightHub, is_finite
 from sparse_backend.events import EventTensor
 from sparse_backend.reference.linear_leaky import sums_dtype
 from sparse_backend.surrogate import SpikeGrad, inspect
 
 _FLOATS = (torch.float32, torch.float64)
-_NARROW = (torch.float16, torch.bfloat16)
 
 
 def check_tensors(optional: tuple[str, ...] = (), **tensors: Any) -> None:
@@ -26,7 +26,7 @@ def check_tensors(optional: tuple[str, ...] = (), **tensors: Any) -> None:
 
 def check_like(like: Tensor, **others: Tensor | None) -> None:
     """All float32 or float64 as `like`, and on its device; half or bfloat16 too on CUDA."""
-    if like.dtype not in _FLOATS and not (like.device.type == "cuda" and like.dtype in _NARROW):
+    if like.dtype not in _FLOATS and not (like.device.type == "cuda" and like.dtype in NARROW):
         raise TypeError(f"weight: expected float32 or float64, got {like.dtype}")
     for name, other in others.items():
         if other is None:
@@ -79,15 +79,10 @@ def per_neuron(name: str, value: float | Tensor, like: Tensor, neurons: int) -> 
     return tensor.reshape(neurons).contiguous()
 
 
-def widened(tensor: Tensor) -> Tensor:
-    """Half and bfloat16 on CUDA as float32, the dtype of states and sums there; any other tensor as it is."""
-    return tensor.float() if tensor.is_cuda and tensor.dtype in _NARROW else tensor
-
-
 def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | DeferredCurrent:
     """The current x W^T + b of a sequence [T, B, M], deferred where x is sparse enough.
 
-    It is float32 where the weight is half or bfloat16, to which autocast on CUDA casts a float32 one.
+    It is float32 where the weight is half or bfloat16, or made so by autocast.
     """
     check_tensors(("bias",), x=x, weight=weight, bias=bias)
     if x.dim() != 3:
@@ -100,12 +95,10 @@ def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None)
     check_like(weight, bias=bias)
     if x.device != weight.device:
         raise ValueError(f"x: expected on {weight.device} as weight, got {x.device}. Move it: x.to({weight.device})")
-    autocast = weight.is_cuda and weight.dtype != torch.float64 and torch.is_autocast_enabled("cuda")
-    fits = x.dtype == weight.dtype or (autocast and x.dtype in (torch.float32, *_NARROW))
+    weight, given = lowered(weight), weight
+    fits = x.dtype == given.dtype or (weight is not given and x.dtype in NARROW)
     if type(x) is not EventTensor and x.is_floating_point() and not fits:
-        raise TypeError(f"x: expected {weight.dtype} as weight, got {x.dtype}")
-    if autocast:
-        weight = weight.to(torch.get_autocast_dtype("cuda"))
+        raise TypeError(f"x: expected {given.dtype} as weight, got {x.dtype}")
     events = EventTensor.from_dense(x)
     events = events.to(weight.dtype) if weight.dtype in _FLOATS else _with_float_values(events)
     if events.density > policy.MAX_INPUT or not is_finite(weight):

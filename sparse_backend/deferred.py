@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_backend import _native
+from sparse_backend import _native, autocasting
 from sparse_backend.events import EventTensor
 from sparse_backend.ops import hub as hubs
 from sparse_backend.ops.event_linear import call_event_linear
@@ -83,7 +83,7 @@ class WeightCache:
         Only a parameter has one: a weight made anew at every call would be copied at every call.
         """
         if type(weight) is not torch.nn.Parameter or weight.is_inference():
-            return WeightHub(weight, bias, None, 0)
+            return WeightHub(autocasting.lowered(weight), bias, None, 0)
         if weight is not self._weight or bias is not self._bias or self._now(weight, bias) != self._key:
             self._weight, self._bias, self._copies = weight, bias, None
             self.renew()
@@ -93,7 +93,7 @@ class WeightCache:
 
     @staticmethod
     def _now(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocasting.dtype_of(weight)
         if bias is None:
             return weight._version, weight.requires_grad, *mode
         return weight._version, weight.requires_grad, *mode, bias._version, bias.requires_grad
@@ -106,6 +106,11 @@ class WeightCache:
     @property
     def bias(self) -> Tensor | None:
         return self._bias
+
+    def of_all_steps(self) -> WeightHub:
+        """The parameters for an op that runs all steps at once: they take part in autograd themselves."""
+        assert self._weight is not None
+        return WeightHub(autocasting.lowered(self._weight), self._bias, None, 0)
 
     def has_moved_on(self, hub: WeightHub) -> bool:
         """Whether the weight is at another version, or served by another hub, than when this one's copy was made."""
@@ -128,14 +133,15 @@ class WeightCache:
         assert weight is not None
         self._key = self._now(weight, bias)
         sums = self._sum()
+        lowered = autocasting.lowered(weight)
         if self._copies is None or sums != self._sums:
-            self._copies = _transposed(weight.detach()), None if bias is None else bias.detach().clone()
+            self._copies = _transposed(lowered.detach()), None if bias is None else bias.detach().clone()
             self._sums = sums
         copy, bias_copy = self._copies
         token, id = None, 0
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             id = hubs.new_id()
-            token = hubs.call_hub(weight, bias, id)
+            token = hubs.call_hub(lowered, bias, id)
         self._gatherer = hubs.find(id)
         hub = WeightHub(copy, bias_copy, token, id, self)
         self._hub = hub if all(map(math.isfinite, sums)) else None
@@ -182,7 +188,11 @@ class DeferredCurrent(TensorLike):
                 self.hub = adopted
             else:
                 self._looked = True
-                self._dense = torch.nn.functional.linear(self.events.to_dense(), hub.weight, hub.bias)
+                self._dense = self.by_torch()
+
+    def by_torch(self) -> Tensor:
+        """The current as torch computes it: where the weight is not finite, its products with zeros count too."""
+        return torch.nn.functional.linear(self.events.to_dense(), self.hub.weight, self.hub.bias).to(self.dtype)
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -247,7 +257,7 @@ def defer(
         events = events.without_handle() if events.learns else events
         if cache is None:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
-    hub = WeightHub(weight, bias, None, 0) if cache is None else cache.hub(weight, bias)
+    hub = WeightHub(autocasting.lowered(weight), bias, None, 0) if cache is None else cache.hub(weight, bias)
     return None if hub is None else DeferredCurrent(events, hub)
 
 
@@ -264,8 +274,6 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 def unusual() -> str | None:
     """Why ops of ours cannot stand in for torch's in the running call, if so."""
-    if torch._C._is_any_autocast_enabled():
-        return "autocast is on"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is running"
     if torch._C._get_tracing_state() is not None:

@@ -64,7 +64,7 @@ def run_lif(
     """
     _native.load()
     if recurrent is not None and z is not None:
-        first = torch.nn.functional.linear(z, recurrent)  # what it adds to the first step's inflow
+        first = torch.nn.functional.linear(z, recurrent).to(z.dtype)  # what it adds to the first step's inflow
         i = first if i is None else i + first
     if shape[0] == 1:
         recurrent = None  # no step has one before it

@@ -80,7 +80,7 @@ def linear_leaky(
     x: [T, B, M], events or a dense tensor, spikes or any real values; weight: [N, M]; bias: [N]; beta, threshold:
     numbers or tensors of one or N entries; mem: [B, N] before the first step, zeros if None; graded: what a spike is
     worth. All floating point tensors share one dtype, float32 or float64, and one device. On CUDA x, weight and bias
-    may be half or bfloat16, all others float32 then; autocast there casts the weight.
+    may be half or bfloat16, all others float32 then. Autocast rounds the weight, on any device.
 
     Gradients reach x (all of it if it is a dense tensor that requires grad, its active entries if it comes from a
     layer of ours), weight, bias, mem, beta, threshold and graded, and are those of ordinary back-propagation with the

@@ -34,8 +34,8 @@ from sparse_backend.arguments import (
     given_current,
     linear_current,
     per_neuron,
-    widened,
 )
+from sparse_backend.autocasting import rounded, widened
 from sparse_backend.dynamics import LI, LIF, LIF_RESETS
 from sparse_backend.events import EventTensor
 from sparse_backend.execute_lif import run_li, run_lif
@@ -200,7 +200,7 @@ def _lif(
         raise ValueError("z: expected None without recurrent weights, got a tensor")
     check_state("z", z, batch, neurons)
     if recurrent is not None:
-        recurrent = widened(recurrent)
+        recurrent = rounded(widened(recurrent))
     check_like(current, recurrent=recurrent, z=z)
     result = run_lif(
         current,

@@ -30,7 +30,6 @@ from fusion_loops import (
 from helpers import SURROGATES, assert_close, normal
 from pairs import (
     SPIKE_GRAD,
-    WAYS,
     Way,
     assert_equal_runs,
     assert_same,
@@ -245,31 +244,6 @@ def test_inference_mode_inside_the_loop(way: Way) -> None:
 
 def test_inference_mode_around(way: Way) -> None:
     same_values(way, lambda net, x: tuple(map(torch.stack, recorded(net, x)[:2])), torch.inference_mode)
-
-
-@pytest.mark.parametrize("way", [WAYS["inf"], WAYS["all as events"]])
-def test_autocast_inside_the_loop(way: Way) -> None:
-    """In float32, where it has an effect. Under autocast layers run the framework's own code, which masks nothing."""
-
-    def loop(net: Net, x: Any) -> Any:
-        mems, out = net.mems(), []
-        for t in range(len(x)):
-            with torch.autocast("cpu", torch.bfloat16, enabled=t in (1, 2, 5)):
-                spk, mems = net.step(x[t], tuple(mem.float() for mem in mems))
-            out.append(spk.float())
-        return torch.stack(out), mems[-1].float()
-
-    results = []
-    theirs, edge = stock(net_of(loop), way.b_th)
-    for net in (theirs, enabled(net_of(loop), way)):
-        net.float()
-        with way.policy():
-            out = net(frames().float())
-            weighted(out).backward()
-        results.append([*(o.detach() + 0 for o in out), *(p.grad for p in net.parameters())])
-    assert min(float((x.abs() - b).abs().min()) for x in edge.seen for b in {0.0, min(way.b_th, 9.0)}) > 1e-4
-    for a, b in zip(*results, strict=True):
-        assert_close(b, a, rtol=1e-4)
 
 
 def test_saved_tensors_hooks_around(way: Way) -> None:

@@ -933,16 +933,6 @@ def test_no_grad_and_inference_mode_and_back():
     assert_same(run(net, x), run(plain, x))
 
 
-def test_autocast_runs_the_frameworks_code():
-    net = sparse_backend.enable(small_net(), b_th=0.2)
-    plain = sparse_backend.disable(copy.deepcopy(net))
-    x = spikes((3, 2, 6), 0.3, 0, torch.float32)
-    snn.SpikingNeuron.instances.extend(m for m in plain.modules() if isinstance(m, snn.SpikingNeuron))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(loop(net, x)[1], loop(plain, x)[1])
-    assert "autocast" in reasons_of(net)[0]
-
-
 def test_functional_transforms_run_the_frameworks_code():
     net = sparse_backend.enable(nn.Sequential(nn.Linear(4, 3), snn.Leaky(beta=0.9, spike_grad=piecewise)), 0.3)
     plain = sparse_backend.disable(copy.deepcopy(net))

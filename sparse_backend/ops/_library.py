@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from sparse_backend import autocasting
+
 NAMESPACE = "sparse_backend"
 
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -83,7 +85,7 @@ def autograd(
     def gradients(ctx: Any, *grads: Any) -> Any:
         seen, ctx.needs_input_grad = ctx.needs_input_grad, ctx.needs
         try:
-            result = backward(ctx, *grads)
+            result = exactly(backward, ctx, *grads)
         finally:
             ctx.needs_input_grad = seen
         return None, *[result[position] for position in learns]
@@ -93,8 +95,8 @@ def autograd(
     def below(keyset: Any, args: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             if keyset is None:
-                return op(*args)
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+                return exactly(op, *args)
+            return exactly(op.redispatch, keyset & torch._C._after_autograd_keyset, *args)
 
     def run(keyset: Any, args: tuple[Any, ...], result: Any = None) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -114,6 +116,14 @@ def autograd(
         op.name().split("::")[1].split(".")[0], lambda keyset, *args: run(keyset, args), "Autograd", with_keyset=True
     )
     return call  # type: ignore[no-any-return]
+
+
+def exactly(function: Callable[..., Any], *args: Any) -> Any:
+    """A call in the precision of its arguments: no autocast touches the products inside."""
+    if not autocasting.is_on():
+        return function(*args)
+    with autocasting.Off():
+        return function(*args)
 
 
 def dynamic_size() -> Any:

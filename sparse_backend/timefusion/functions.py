@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_backend import policy
+from sparse_backend import autocasting, policy
 from sparse_backend.tensorlike import TensorLike, dense
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, paused, take
@@ -487,18 +487,21 @@ def _shape_of(
     function: Any, frame: Any, names: Any, tensors: Sequence[Any], fixed: Sequence[Tensor]
 ) -> tuple[torch.Size, torch.dtype] | None:
     """Shape and dtype of a result, told by meta tensors; None where it is not one tensor, or where the call is wrong:
-    made on values, it raises what torch raises at the user's own line."""
+    made on values, it raises what torch raises at the user's own line. Autocast, which passes meta tensors by, is
+    shown zeros."""
     metas = tuple([(t.shape, t.dtype) for t in (*tensors, *fixed)])
-    if function in _ONE_DTYPE and len({dtype for _, dtype in metas}) > 1:
+    autocast = autocasting.state()
+    if function in _ONE_DTYPE and autocast is None and len({dtype for _, dtype in metas}) > 1:
         return None
     if function in _OF_BOOLS and any(dtype is not torch.bool for _, dtype in metas):
         return None
-    key = (function, _anonymous(frame), names, metas, torch.get_default_dtype())
+    device = "meta" if autocast is None else next(t.device for t in tensors if type(t) is Placeholder)
+    key = (function, _anonymous(frame), names, metas, torch.get_default_dtype(), autocast, device)
     if key in _shapes:
         return _shapes[key]
     try:
         with paused(), torch.no_grad():
-            made = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in metas]
+            made = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in metas]
             result = _apply(function, frame, names, made[: len(tensors)], made[len(tensors) :])
         known = (result.shape, result.dtype) if type(result) is Tensor else None
     except Exception:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from sparse_backend import autocasting
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import NOTHING, TensorLike, not_compiled, outside_saved_tensor_hooks
 
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _grad_enabled = torch.is_grad_enabled
-_autocast_enabled = torch._C._is_any_autocast_enabled
+_autocast_is_on = autocasting.is_on
 _functorch_active = torch._C._are_functorch_transforms_active
 _make_subclass = Tensor._make_subclass
 _weak = weakref.ref
@@ -309,6 +310,7 @@ class Recording:
     def __init__(self) -> None:
         self.sites: dict[Any, Site] = {}
         self.hooks, self.grad_mode = _hooks(True), _grad_enabled()
+        self.autocast = autocasting.state()
         self.pending: list[Node] = []
         self.watched: list[tuple[Tensor, int, bool]] = []
         self.summed: dict[int, Tensor] = {}  #: the caller's tensors that a running sum began with
@@ -336,7 +338,7 @@ class Recording:
         a checkpoint or a custom autograd function it is not, and what they see must be computed there."""
         return (
             _grad_enabled() is self.grad_mode
-            and not _autocast_enabled()
+            and (self.autocast == autocasting.state() if _autocast_is_on() else self.autocast is None)
             and not _functorch_active()
             and _hooks(True) == self.hooks
         )
@@ -413,10 +415,9 @@ class Recording:
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
-        """Torch as when the recording began: no autocast, no torch.func transform, its saved-tensor hooks."""
+        """Torch as when the recording began: its autocast, no torch.func transform, its saved-tensor hooks."""
         with ExitStack() as stack:
-            if _autocast_enabled():
-                stack.enter_context(torch._C._DisableAutocast())
+            stack.enter_context(autocasting.restored(self.autocast))
             if _functorch_active():
                 stack.enter_context(torch._C._DisableFuncTorch())
             stack.enter_context(outside_saved_tensor_hooks(self.hooks))

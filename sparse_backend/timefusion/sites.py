@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_backend import policy
-from sparse_backend.deferred import DeferredCurrent, WeightHub, defer, is_finite
+from sparse_backend.deferred import DeferredCurrent, defer, is_finite
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike
 from sparse_backend.timefusion.recorder import Node, Recording, Run, Site, value
@@ -89,9 +89,7 @@ def _joined(refs: Sequence[Any]) -> DeferredCurrent | None:
             return None
     if cache is None or cache.weight is None:
         return None
-    return DeferredCurrent(
-        EventTensor.stack([ref.events for ref in refs]), WeightHub(cache.weight, cache.bias, None, 0)
-    )
+    return DeferredCurrent(EventTensor.stack([ref.events for ref in refs]), cache.of_all_steps())
 
 
 def same_at_every_step(refs: Sequence[Any]) -> bool:
@@ -194,7 +192,7 @@ class LinearSite(Site):
         if events is not None and is_finite(weight):
             current = defer(events, weight, bias)
         if current is None:
-            current = torch.nn.functional.linear(dense(whole), weight, bias)
+            current = torch.nn.functional.linear(dense(whole), weight, bias).to(weight.dtype)
         share(nodes, Run([current], len(nodes)))
 
 

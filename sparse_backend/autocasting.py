@@ -1,0 +1,73 @@
+"""What `torch.autocast` means to layers of ours.
+
+It makes products with a weight those of a narrower one, as it does torch's own. Currents, membranes and sums stay as
+wide as the parameters: a membrane in bfloat16 forgets what arrives in steps smaller than 1/256 of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NARROW = (torch.float16, torch.bfloat16)
+
+#: whether autocast is on for any kind of device
+is_on = torch._C._is_any_autocast_enabled
+#: torch without it
+Off = torch._C._DisableAutocast
+
+_DEVICES = ("cpu", "cuda")
+
+#: per kind of device its dtype, None where autocast is off, and whether casts of weights are kept
+State = tuple[tuple[torch.dtype | None, ...], bool]
+
+
+def dtype_of(tensor: Tensor) -> torch.dtype | None:
+    """What autocast casts a tensor to before a product, here and now; None where it leaves it as it is."""
+    if not is_on() or tensor.dtype is not torch.float32:
+        return None
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if device in _DEVICES and torch.is_autocast_enabled(device) else None
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """A weight of any shape whose numbers are those autocast casts it to, differentiably, in its own dtype."""
+    dtype = dtype_of(weight)
+    return weight if dtype is None else weight.to(dtype).to(weight.dtype)
+
+
+def lowered(weight: Tensor) -> Tensor:
+    """The same in the dtype that kernels gather from: autocast's own on CUDA, float32 elsewhere."""
+    dtype = dtype_of(weight)
+    return weight if dtype is None else weight.to(dtype) if weight.is_cuda else rounded(weight)
+
+
+def widened(x: Any) -> Any:
+    """Half and bfloat16 as float32, the dtype of states and sums: on CUDA, and under autocast. All else as it is."""
+    return x.float() if isinstance(x, Tensor) and x.dtype in NARROW and (is_on() or x.is_cuda) else x
+
+
+def state() -> State | None:
+    """What of autocast is on; None where nothing is."""
+    if not is_on():
+        return None
+    on = (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in _DEVICES)
+    return tuple(on), torch.is_autocast_cache_enabled()
+
+
+@contextmanager
+def restored(wanted: State | None) -> Iterator[None]:
+    """Torch with autocast as it was when `state()` gave `wanted`."""
+    with ExitStack() as stack:
+        if wanted is None:
+            if is_on():
+                stack.enter_context(Off())
+        elif wanted != state():
+            dtypes, cache = wanted
+            for device, dtype in zip(_DEVICES, dtypes, strict=True):
+                stack.enter_context(torch.autocast(device, dtype, dtype is not None, cache))
+        yield
