@@ -154,6 +154,8 @@ def prepare(module: Any, layer: LayerState, kind: Kind, input_: Any, state: Any,
     before: Any = initial_state(module, input_, in_time and not kind.in_time) if state is None else state
     if not kind.takes(before):
         return f"its state is a {type(before).__name__}, not Norse's {kind.state.__name__}"
+    if autocasting.is_on():
+        before = type(before)(*map(autocasting.widened, before))
     current, recurrent, z = input_, None, None
     if kind.weighted:
         if layer.weights is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_backend import surrogate
+from sparse_backend import autocasting, surrogate
 from sparse_backend.deferred import DeferredCurrent
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute_lif import LIResult
@@ -84,7 +84,7 @@ def _record_first(
     if plan.why_framework is not None:
         return None
 
-    key = (id(module), id(plan), id(recurrent), into.mode())
+    key = (id(module), id(plan), id(recurrent), into.mode(), autocasting.state())
     site: Any = into.sites.get(key)
     if site is None:
         site = into.sites[key] = CellSite(into, module, layer, kind, plan, recurrent)
@@ -153,8 +153,12 @@ class CellSite(NeuronSite):
             own["p"] is self._p
             and own["dt"] is self._dt
             and own.get("activation", self._activation) is self._activation
-            and (self._recurrent is None or module.recurrent_weights is self._recurrent)
+            and (self._recurrent is None or self._multiplies_as(module))
         )
+
+    def _multiplies_as(self, module: Any) -> bool:
+        """Whether spikes meet the same recurrent weights, which autocast rounds."""
+        return module.recurrent_weights is self._recurrent and autocasting.is_now(self.autocast)
 
 
 def _call(kind: Kind, plan: Plan, recurrent: Tensor | None, current: Any, steps: int | None, starts: Any) -> Call:

@@ -361,6 +361,8 @@ def _compiled_forward(module: Any, input_: Any, mem: Any) -> Any:
     """The step that torch.compile sees: one op on plain tensors, or snnTorch's own code."""
     state = getattr(module, STATE)
     beta, threshold = module.beta, module.threshold
+    if autocasting.is_on():
+        input_, mem = autocasting.widened(input_), autocasting.widened(mem)
     if (
         state.traced_for is not module.spike_grad
         or module.state_quant

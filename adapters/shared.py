@@ -104,9 +104,9 @@ def of_all_steps(current: DeferredCurrent) -> DeferredCurrent | Tensor:
     finite, whose products with zeros count too."""
     hub, cache = current.hub, current.hub.cache
     if cache is not None:
-        if cache.weight is None or cache.hub(cache.weight, cache.bias) is not hub:
+        if cache.weight is None or cache.hub(cache.weight, cache.bias, hub.narrow) is not hub:
             return current
-        return DeferredCurrent(current.events, cache.of_all_steps())
+        return DeferredCurrent(current.events, cache.of_all_steps(hub.narrow))
     if all(part is None or is_finite(part) for part in (hub.weight, hub.bias)):
         return current
     return current.by_torch()
@@ -168,7 +168,7 @@ def linear_forward(module: Any, input: Any) -> Any:
     """An enabled `nn.Linear`'s forward: deferred where its input is events, or dense with few nonzero entries. Its
     dtype is the weight's, under autocast too."""
     if torch.compiler.is_compiling():
-        return torch.nn.functional.linear(input, module.weight, module.bias)
+        return torch.nn.functional.linear(input, module.weight, module.bias).to(module.weight.dtype)
     if autocasting.is_on():
         input = autocasting.widened(input)
     parameters = module._parameters
@@ -232,7 +232,8 @@ def record_linear(
     Anything else is the caller's own, to be overwritten the next moment: it is read now.
     """
     site: Any = state.site
-    if site is not None and weight is site.weight and bias is site.bias and site.still_learns():
+    autocast = autocasting.state() if autocasting.is_on() else None
+    if site is not None and weight is site.weight and bias is site.bias and site.is_under(autocast):
         # The next call of the last one's layer, with the next step of its input?
         if type(input) is Placeholder:
             if input.spec is site.input_spec:
@@ -262,6 +263,7 @@ def record_linear(
         or site.weight is not weight
         or site.bias is not bias
         or site.mode is not into.mode()
+        or site.autocast != autocast
         or site.specs[0].shape[0] != shape[0]
         or not site.is_current()
     ):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_backend import policy
-from sparse_backend.autocasting import NARROW, lowered, widened
+from sparse_backend.autocasting import NARROW, dtype_of, lowered, widened
 from sparse_backend.deferred import DeferredCurrent, WeightHub, is_finite
 from sparse_backend.events import EventTensor
 from sparse_backend.reference.linear_leaky import sums_dtype
@@ -68,6 +68,8 @@ def check_surrogate(spike_grad: SpikeGrad, b_th: policy.BTh) -> float:
 def per_neuron(name: str, value: float | Tensor, like: Tensor, neurons: int) -> Tensor:
     """A number or tensor as a tensor [] or [N]."""
     try:
+        if isinstance(value, (int, float)):  # filled where it is: a copy there would wait for the device
+            return torch.full((), value, dtype=like.dtype, device=like.device)
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=like.dtype, device=like.device)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: expected a number or a tensor, got {value!r}") from None
@@ -95,13 +97,14 @@ def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None)
     check_like(weight, bias=bias)
     if x.device != weight.device:
         raise ValueError(f"x: expected on {weight.device} as weight, got {x.device}. Move it: x.to({weight.device})")
-    weight, given = lowered(weight), weight
+    weight, given = lowered(weight, dtype_of(weight)), weight
     fits = x.dtype == given.dtype or (weight is not given and x.dtype in NARROW)
     if type(x) is not EventTensor and x.is_floating_point() and not fits:
         raise TypeError(f"x: expected {given.dtype} as weight, got {x.dtype}")
     events = EventTensor.from_dense(x)
     events = events.to(weight.dtype) if weight.dtype in _FLOATS else _with_float_values(events)
-    if events.density > policy.MAX_INPUT or not is_finite(weight):
+    few = events.indices.numel() <= policy.MAX_INPUT * events.numel()  # known without waiting for the device
+    if not (few or events.density <= policy.MAX_INPUT) or not is_finite(weight):
         dense = events.to_dense() if type(x) is EventTensor else x
         return torch.nn.functional.linear(dense.to(weight.dtype), weight, bias).to(sums_dtype(weight))
     return DeferredCurrent(events, WeightHub(weight, None if bias is None else widened(bias).contiguous(), None, 0))

@@ -28,10 +28,14 @@ State = tuple[tuple[torch.dtype | None, ...], bool]
 
 def dtype_of(tensor: Tensor) -> torch.dtype | None:
     """What autocast casts a tensor to before a product, here and now; None where it leaves it as it is."""
-    if not is_on() or tensor.dtype is not torch.float32:
+    if not is_on() or tensor.dtype is not torch.float32 or not _reaches(tensor):
         return None
+    return torch.get_autocast_dtype(tensor.device.type)
+
+
+def _reaches(tensor: Tensor) -> bool:
     device = tensor.device.type
-    return torch.get_autocast_dtype(device) if device in _DEVICES and torch.is_autocast_enabled(device) else None
+    return device in _DEVICES and torch.is_autocast_enabled(device)
 
 
 def rounded(weight: Tensor) -> Tensor:
@@ -40,15 +44,15 @@ def rounded(weight: Tensor) -> Tensor:
     return weight if dtype is None else weight.to(dtype).to(weight.dtype)
 
 
-def lowered(weight: Tensor) -> Tensor:
-    """The same in the dtype that kernels gather from: autocast's own on CUDA, float32 elsewhere."""
-    dtype = dtype_of(weight)
-    return weight if dtype is None else weight.to(dtype) if weight.is_cuda else rounded(weight)
+def lowered(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight with the numbers of `dtype`, differentiably, in the dtype that kernels gather from: that one on CUDA,
+    its own elsewhere. As it is for None."""
+    return weight if dtype is None else weight.to(dtype) if weight.is_cuda else weight.to(dtype).to(weight.dtype)
 
 
 def widened(x: Any) -> Any:
     """Half and bfloat16 as float32, the dtype of states and sums: on CUDA, and under autocast. All else as it is."""
-    return x.float() if isinstance(x, Tensor) and x.dtype in NARROW and (is_on() or x.is_cuda) else x
+    return x.float() if isinstance(x, Tensor) and x.dtype in NARROW and (x.is_cuda or _reaches(x)) else x
 
 
 def state() -> State | None:
@@ -59,15 +63,20 @@ def state() -> State | None:
     return tuple(on), torch.is_autocast_cache_enabled()
 
 
+def is_now(known: State | None) -> bool:
+    """Whether autocast is as it was when `state()` gave `known`."""
+    return known == state() if is_on() else known is None
+
+
 @contextmanager
-def restored(wanted: State | None) -> Iterator[None]:
-    """Torch with autocast as it was when `state()` gave `wanted`."""
+def restored(known: State | None) -> Iterator[None]:
+    """Torch with autocast as it was when `state()` gave `known`."""
     with ExitStack() as stack:
-        if wanted is None:
-            if is_on():
-                stack.enter_context(Off())
-        elif wanted != state():
-            dtypes, cache = wanted
+        if known is None:
+            stack.enter_context(Off())
+        else:
+            dtypes, cache = known
             for device, dtype in zip(_DEVICES, dtypes, strict=True):
-                stack.enter_context(torch.autocast(device, dtype, dtype is not None, cache))
+                if dtype is not None or torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, dtype, dtype is not None, cache))
         yield

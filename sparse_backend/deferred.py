@@ -29,20 +29,36 @@ class WeightHub:
     Without a token, weight and bias take part in autograd themselves.
     """
 
-    __slots__ = ("_versions", "bias", "cache", "id", "token", "used", "weight")
+    __slots__ = ("_lowered", "_versions", "bias", "cache", "given", "id", "narrow", "token", "used")
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, token: Tensor | None, id: int, cache: WeightCache | None = None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        token: Tensor | None,
+        id: int,
+        cache: WeightCache | None = None,
+        narrow: torch.dtype | None = None,
     ) -> None:
-        self.weight, self.bias, self.token, self.id, self.cache = weight, bias, token, id, cache
-        self.used = False
+        """narrow: what autocast casts the weight to, None for nothing; a cache's copy has been cast."""
+        self.given, self.bias, self.token, self.id, self.cache = weight, bias, token, id, cache
+        self.used, self.narrow = False, narrow
+        self._lowered = weight if cache is not None or narrow is None else None
         self._versions = _versions(weight, bias) if cache is None else None
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, M], as the linear layer multiplies with it."""
+        if self._lowered is None:
+            with torch.enable_grad():  # whoever asks first
+                self._lowered = autocasting.lowered(self.given, self.narrow)
+        return self._lowered
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if a weight that was not copied has been written to since the linear layer was called."""
-        if self._versions is not None and self._versions != _versions(self.weight, self.bias):
+        if self._versions is not None and self._versions != _versions(self.given, self.bias):
             raise RuntimeError(
-                f"a linear layer's output was first looked at after its weight {list(self.weight.shape)} was changed "
+                f"a linear layer's output was first looked at after its weight {list(self.given.shape)} was changed "
                 "in place. Look at it before: .to_dense() computes it"
             )
 
@@ -66,34 +82,36 @@ class WeightCache:
     The copy is [N, M] with strides (1, N padded to whole vectors). It holds no graph but the hub's own node.
     """
 
-    __slots__ = ("_bias", "_copies", "_gatherer", "_hub", "_key", "_sums", "_weight")
+    __slots__ = ("_bias", "_copies", "_gatherer", "_hub", "_key", "_narrow", "_sums", "_weight")
 
     def __init__(self) -> None:
         self._hub: WeightHub | None = None
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
+        self._narrow: torch.dtype | None = None
         self._key: tuple[Any, ...] = ()
         self._copies: tuple[Tensor, Tensor | None] | None = None
         self._sums: tuple[float, float] = (0.0, 0.0)
         self._gatherer: hubs.Gatherer | None = None
 
-    def hub(self, weight: Tensor, bias: Tensor | None) -> WeightHub | None:
+    def hub(self, weight: Tensor, bias: Tensor | None, narrow: torch.dtype | None) -> WeightHub | None:
         """The hub for a call now; None where the weight is not finite, whose products with zeros count too.
 
-        Only a parameter has one: a weight made anew at every call would be copied at every call.
+        narrow: what autocast casts the weight to. Only a parameter has a hub to keep: a weight made anew at every call
+        would be copied at every call.
         """
         if type(weight) is not torch.nn.Parameter or weight.is_inference():
-            return WeightHub(autocasting.lowered(weight), bias, None, 0)
-        if weight is not self._weight or bias is not self._bias or self._now(weight, bias) != self._key:
-            self._weight, self._bias, self._copies = weight, bias, None
+            return WeightHub(weight, bias, None, 0, None, narrow)
+        if weight is not self._weight or bias is not self._bias or self._now(weight, bias, narrow) != self._key:
+            self._weight, self._bias, self._narrow, self._copies = weight, bias, narrow, None
             self.renew()
         elif self._gatherer is not None and self._gatherer.spent:
             self.renew()
         return self._hub
 
     @staticmethod
-    def _now(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocasting.dtype_of(weight)
+    def _now(weight: Tensor, bias: Tensor | None, narrow: torch.dtype | None) -> tuple[Any, ...]:
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), narrow
         if bias is None:
             return weight._version, weight.requires_grad, *mode
         return weight._version, weight.requires_grad, *mode, bias._version, bias.requires_grad
@@ -107,15 +125,15 @@ class WeightCache:
     def bias(self) -> Tensor | None:
         return self._bias
 
-    def of_all_steps(self) -> WeightHub:
+    def of_all_steps(self, narrow: torch.dtype | None) -> WeightHub:
         """The parameters for an op that runs all steps at once: they take part in autograd themselves."""
         assert self._weight is not None
-        return WeightHub(autocasting.lowered(self._weight), self._bias, None, 0)
+        return WeightHub(self._weight, self._bias, None, 0, None, narrow)
 
     def has_moved_on(self, hub: WeightHub) -> bool:
         """Whether the weight is at another version, or served by another hub, than when this one's copy was made."""
         assert self._weight is not None
-        return hub is not self._hub or self._now(self._weight, self._bias) != self._key
+        return hub is not self._hub or self._now(self._weight, self._bias, self._narrow) != self._key
 
     def is_current(self) -> bool:
         """Whether the copies still equal the weight, judged by its sum."""
@@ -131,9 +149,9 @@ class WeightCache:
     def renew(self) -> WeightHub:
         weight, bias = self._weight, self._bias
         assert weight is not None
-        self._key = self._now(weight, bias)
+        self._key = self._now(weight, bias, self._narrow)
         sums = self._sum()
-        lowered = autocasting.lowered(weight)
+        lowered = autocasting.lowered(weight, self._narrow)
         if self._copies is None or sums != self._sums:
             self._copies = _transposed(lowered.detach()), None if bias is None else bias.detach().clone()
             self._sums = sums
@@ -143,7 +161,7 @@ class WeightCache:
             id = hubs.new_id()
             token = hubs.call_hub(lowered, bias, id)
         self._gatherer = hubs.find(id)
-        hub = WeightHub(copy, bias_copy, token, id, self)
+        hub = WeightHub(copy, bias_copy, token, id, self, self._narrow)
         self._hub = hub if all(map(math.isfinite, sums)) else None
         return hub
 
@@ -174,8 +192,8 @@ class DeferredCurrent(TensorLike):
 
     def __init__(self, events: EventTensor, hub: WeightHub) -> None:
         self.events, self.hub = events, hub
-        self.shape = torch.Size((*events.shape[:-1], hub.weight.shape[0]))
-        self.dtype = sums_dtype(hub.weight)
+        self.shape = torch.Size((*events.shape[:-1], hub.given.shape[0]))
+        self.dtype = sums_dtype(hub.given)
         self._dense: Tensor | None = None
         self._looked, self._learns, self._within = False, torch.is_grad_enabled(), _hooks(True)
 
@@ -183,7 +201,7 @@ class DeferredCurrent(TensorLike):
         """Let the neuron that takes this current keep the weight's hub, where the Linear keeps none."""
         hub = self.hub
         if hub.cache is None and hub.token is None:
-            adopted = cache.hub(hub.weight, hub.bias)
+            adopted = cache.hub(hub.given, hub.bias, hub.narrow)
             if adopted is not None:
                 self.hub = adopted
             else:
@@ -196,12 +214,12 @@ class DeferredCurrent(TensorLike):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return self.hub.weight.device
+        return self.hub.given.device
 
     @property
     def learns(self) -> bool:  # type: ignore[override]
         hub = self.hub
-        learns = hub.token is not None or hub.weight.requires_grad
+        learns = hub.token is not None or hub.given.requires_grad
         return self._learns and (learns or (hub.bias is not None and hub.bias.requires_grad) or self.events.learns)
 
     @property
@@ -257,7 +275,8 @@ def defer(
         events = events.without_handle() if events.learns else events
         if cache is None:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
-    hub = WeightHub(autocasting.lowered(weight), bias, None, 0) if cache is None else cache.hub(weight, bias)
+    narrow = autocasting.dtype_of(weight) if autocasting.is_on() else None
+    hub = WeightHub(weight, bias, None, 0, None, narrow) if cache is None else cache.hub(weight, bias, narrow)
     return None if hub is None else DeferredCurrent(events, hub)
 
 
@@ -270,6 +289,12 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     current = defer(input, weight, bias)
     return NotImplemented if current is None else current
+
+
+@implements(Tensor.float, Tensor.to)
+def _cast(x: Any, dtype: Any = torch.float32, *more: Any, **options: Any) -> Any:
+    """`cur.float()` where it is so already: the same object, as torch has it."""
+    return x if x.dtype is dtype and not more and not options else NotImplemented
 
 
 def unusual() -> str | None:

@@ -14,9 +14,11 @@ from sparse_backend import _native, surrogate
 from sparse_backend.deferred import DeferredCurrent
 from sparse_backend.dynamics import LI, LIF
 from sparse_backend.events import EventTensor
+from sparse_backend.ops._library import exactly
 from sparse_backend.ops.leaky import NONE
 from sparse_backend.ops.lif import VALUE, LIFOutput, call_lif
 from sparse_backend.ops.linear_lif import call_linear_lif
+from sparse_backend.tensorlike import dense as dense_of
 
 
 class LIFResult(NamedTuple):
@@ -64,7 +66,7 @@ def run_lif(
     """
     _native.load()
     if recurrent is not None and z is not None:
-        first = torch.nn.functional.linear(z, recurrent).to(z.dtype)  # what it adds to the first step's inflow
+        first = dense_of(exactly(torch.nn.functional.linear, z, recurrent))  # what it adds to the first step's inflow
         i = first if i is None else i + first
     if shape[0] == 1:
         recurrent = None  # no step has one before it

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import norse.torch as norse
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 import sparse_backend
 from sparse_backend import autocasting
 from sparse_backend import functional as sparse
+from sparse_backend.ops import hub
 
 F32, BF16 = torch.float32, torch.bfloat16
 NARROW = [torch.bfloat16, torch.float16]
@@ -131,6 +133,60 @@ def test_values_first_needed_under_another_autocast(way: Way) -> None:
     assert_runs_as_rounded(way, loop, autocast)
 
 
+def around_it_all(net: Net, x: Any) -> Any:
+    with autocast():
+        return both(net, x)
+
+
+def around_layers(under: str) -> Any:
+    """A loop whose linear and spiking layers, by turns, are each under autocast, 1, or not, 0."""
+
+    def loop(net: Net, x: Any) -> Any:
+        mems, out = list(net.mems()), []
+        layers = (net.fc1, net.lif1), (net.fc2, net.lif2), (net.fc3, net.lif3)
+        for spk in x:
+            for i, (fc, lif) in enumerate(layers):
+                with autocast(enabled=under[2 * i] == "1"):
+                    current = fc(spk)
+                with autocast(enabled=under[2 * i + 1] == "1"):
+                    spk, mems[i] = lif(current.float(), mems[i])
+            out.append(spk)
+        return torch.stack(out), mems[-1]
+
+    return loop
+
+
+@pytest.mark.parametrize("way", ALL_WAYS.values(), ids=ALL_WAYS)
+@pytest.mark.parametrize(
+    "loop",
+    [around_it_all, around_layers("101010"), around_layers("011101"), around_layers("110011")],
+    ids=["it all", "linear layers", "all but two linear layers", "all but a block"],
+)
+@pytest.mark.parametrize("outside", [False, True])
+def test_autocast_inside_the_forward(way: Way, loop: Any, outside: bool) -> None:
+    """Each call runs under the autocast it was made under, and the steps are fused as ever."""
+    net = assert_runs_as_rounded(way, loop, functools.partial(autocast, enabled=outside))
+    assert longest(net) == (7 if way.fuse_time else 1)
+
+
+@pytest.mark.parametrize("fuse_time", [True, False])
+def test_values_pick_the_shape_under_autocast(fuse_time: bool) -> None:
+    seen = []
+
+    def loop(net: Net, x: Any) -> Any:
+        mems, out = net.mems(), []
+        for frame in x:
+            spk, mems = net.step(frame, mems)
+            above = mems[0][mems[0] > 0]
+            seen.append((above.shape, (above + 0).shape))
+            out.append(spk)
+        return (torch.stack(out),)
+
+    with autocast():
+        enabled(net_of(loop), Way(BAND, fuse_time)).float()(frames().float())
+    assert all(told == was and told.numel() for told, was in seen)
+
+
 @pytest.mark.parametrize("fuse_time", [True, False])
 def test_float64_models_are_left_alone(fuse_time: bool) -> None:
     net = enabled(net_of(both), Way(0.15, fuse_time))
@@ -205,6 +261,7 @@ def test_a_linear_layer_gives_float32_for_events_and_dense_inputs() -> None:
     with autocast():
         event, dense, narrow = net[0](few), net[0](many), net[0](many.bfloat16())
         assert event.dtype is dense.dtype is narrow.dtype is F32
+        assert event.float() is event.to(F32) is event
         assert_close(event + 0, plain(few), rtol=1e-6)
         assert torch.equal(dense, F.linear(many, net[0].weight, net[0].bias).float())
 
@@ -234,6 +291,84 @@ def test_patched_layers() -> None:
         assert_close(out + 0, theirs(spk.to_dense()), rtol=1e-6)
 
 
+@pytest.mark.parametrize("under", [(False, True), (True, False), (True, True)])
+def test_patched_layers_keep_their_weights_of_a_forward(under: tuple[bool, bool], monkeypatch: Any) -> None:
+    """Rounded where the linear layer was called, not where its neuron was; their gradients are formed once."""
+    formed = []
+    call_hub = hub.call_hub
+    monkeypatch.setattr(hub, "call_hub", lambda *args: formed.append(args) or call_hub(*args))
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(9, 8), snn.Leaky(0.9, spike_grad=SPIKE_GRAD))
+    theirs = rounded(copy.deepcopy(ours))
+    x, results = spikes((5, 4, 9), 0.5, 0, F32), []
+    for net, spk in ((theirs, list(x)), (ours, list(sparse_backend.EventTensor.from_dense(x)))):
+        with sparse_backend.patch("snntorch", b_th=INF) if net is ours else nullcontext():
+            mem, out = net[1].reset_mem(), []
+            for frame in spk:
+                with autocast(enabled=under[0]):
+                    current = net[0](frame)
+                with autocast(enabled=under[1]):
+                    out.append(net[1](current, mem)[1])
+                mem = out[-1]
+        weighted(out).backward()
+        results.append([*map(Tensor.detach, out), net[0].bias.grad, net[0].weight.grad])
+    for a, b in zip(*results, strict=True):
+        assert float((a - b).abs().max()) <= (2**-8 if a is results[0][-1] else 1e-5) * float(a.abs().max())
+    assert len(formed) == 1
+
+
+class WideLinear(nn.Linear):
+    """Torch's own under autocast, its result made float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_compiled_steps() -> None:
+    """The masked gradient, and membranes in float32."""
+    torch._dynamo.reset()
+
+    def run(linear: Any, spike_grad: Any, finish: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        options = {"threshold": 0.4, "spike_grad": spike_grad}
+        net = nn.Sequential(linear(12, 30), snn.Leaky(0.9, **options), linear(30, 20), snn.Leaky(0.9, **options))
+
+        def step(x: Tensor, mem1: Tensor, mem2: Tensor) -> Any:
+            spk, mem1 = net[1](net[0](x), mem1)
+            return (*net[3](net[2](spk), mem2), mem1)
+
+        step = finish(net, step)
+        mem1, mem2, out = torch.zeros(4, 30), torch.zeros(4, 20), []
+        with autocast():
+            for x in 2 * frames().float()[:4]:
+                spk, mem2, mem1 = step(x, mem1, mem2)
+                out.append(spk + mem2)
+        assert out[0].dtype is mem1.dtype is mem2.dtype is F32
+        weighted(out).backward()
+        return [*map(Tensor.detach, out), *(p.grad for p in net.parameters())]  # type: ignore[misc]
+
+    def compiled(net: Any, step: Any) -> Any:
+        sparse_backend.enable(net, 0.2)
+        return torch.compile(step, backend="aot_eager", fullgraph=True)
+
+    expected = run(WideLinear, masked(SPIKE_GRAD, 0.2), lambda net, step: step)
+    for a, b in zip(expected, run(nn.Linear, SPIKE_GRAD, compiled), strict=True):
+        assert bool(a.any())
+        assert float((a - b).abs().max()) <= 2**-7 * float(a.abs().max())
+    torch._dynamo.reset()
+
+
+def test_autocast_of_another_device() -> None:
+    net = sparse_backend.enable(nn.Sequential(nn.Linear(4, 3), snn.Leaky(0.9, spike_grad=SPIKE_GRAD)), 0.2).bfloat16()
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        spk, mem = net[1](net[0](normal((2, 4), 0, BF16)))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert spk.dtype is mem.dtype is BF16
+
+
 def test_gradients_scaled_for_float16() -> None:
     """A GradScaler's step, as one without autocast on the rounded model."""
     nets = [rounded(net_of(both)(SPIKE_GRAD)).float(), enabled(net_of(both), Way(INF)).float()]
@@ -259,7 +394,8 @@ def test_gradients_scaled_for_float16() -> None:
 def test_functional_rounds_the_weight_alone(name: str) -> None:
     x, weight, bias = normal((6, 3, 20), 0, F32), normal((9, 20), 1, F32), normal((9,), 2, F32)
     x = torch.where(x > 1, x, 0)
-    options = {"beta": 0.9} if name == "linear_leaky" else {"mem_gain": 0.5, "recurrent": normal((9, 9), 3, F32)}
+    recurrent = {"mem_gain": 0.5, "recurrent": normal((9, 9), 3, F32), "z": normal((3, 9), 4, F32)}
+    options = {"beta": 0.9} if name == "linear_leaky" else recurrent
     op, out = getattr(sparse, name), []
     for around, cast in ((autocast(), False), (autocast(enabled=False), True)):
         given = {**options, "recurrent": options["recurrent"].bfloat16().float()} if cast and "recurrent" in options \
@@ -358,3 +494,16 @@ def test_norse(form: str) -> None:
         assert bool(b.any())
         assert float((a - b).abs().max()) <= 2**-7 * float(b.abs().max())
     assert all(layer.steps["framework"] == 0 for layer in sparse_backend.report(ours).layers)
+
+
+def test_a_narrow_state_of_the_users_is_widened() -> None:
+    p = norse.LIFParameters(v_th=torch.tensor(0.3), method="super", alpha=torch.tensor(10.0))
+    cell = norse.LIFCell(p)
+    current, state = normal((3, 7), 0, F32), norse.LIFFeedForwardState(*normal((2, 3, 7), 1, BF16))
+    expected, after = cell(current, norse.LIFFeedForwardState(*map(Tensor.float, state)))
+    net = sparse_backend.enable(nn.Sequential(cell), 0.2)
+    with autocast():
+        spk, got = cell(current, state)
+    assert_close(spk + 0, expected)
+    assert_close(got.v, after.v, rtol=1e-6)
+    assert sparse_backend.report(net).layers[0].steps["framework"] == 0

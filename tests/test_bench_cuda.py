@@ -40,7 +40,7 @@ from sparse_backend.bench import (
     render,
     training,
 )
-from sparse_backend.bench.gate import Gate
+from sparse_backend.bench.gate import Gate, may_flip
 from sparse_backend.bench.inputs import Inputs
 from sparse_backend.bench.models import build, loss_of
 
@@ -624,20 +624,12 @@ def test_the_same_batches_again():
     assert inputs.batch(4) is not first[0]
 
 
-def test_more_membranes_may_flip_in_a_larger_network():
-    def may_flip(name):
-        case = dataclasses.replace(TINY, steps=cases.GPU_CASES[name].steps, hidden=(2,), batch=2)
-        gate = Gate(case, build(case), Inputs(case, 0).batch(2), Inputs(case, 0).batch(2), torch.zeros(0))
-        small = gate.may_flip
-        gate = Gate(
-            dataclasses.replace(case, hidden=cases.GPU_CASES[name].hidden),
-            build(case), Inputs(case, 0).batch(2), Inputs(case, 0).batch(2), torch.zeros(0),
-        )  # fmt: skip
-        return small, gate.may_flip
+def test_more_samples_may_flip_where_there_is_more_to_round():
+    def share(name):
+        return round(may_flip(cases.GPU_CASES[name]), 2)
 
-    assert may_flip("cuda-shd-200") == (0.05, 0.05)
-    assert may_flip("cuda-shd-1000") == (0.05, 0.25)
-    assert may_flip("cuda-shd-4096") == (0.05, 0.5)
+    assert [share(f"cuda-shd-{n}") for n in (200, 1000, 4096)] == [0.05, 0.25, 0.5]
+    assert [share(f"crossover-{n}") for n in (1, 30)] == [0.05, 0.18]
 
 
 # The command, with a CPU in the GPU's place.

@@ -15,6 +15,7 @@ import torch
 from emulation import gpu
 from helpers import dyadic, generator, normal
 
+import sparse_backend
 from sparse_backend import EventTensor
 from sparse_backend import functional as F
 from sparse_backend.ops import event_linear as event_linear_ops
@@ -75,12 +76,14 @@ def test_runs_are_bit_for_bit_the_same():
 
 
 def test_another_stream_waits_for_nobody_else():
-    expected = event_ops.events_from_dense(dyadic((500, 300), 1).cuda(), 1.0)
+    source = dyadic((500, 300), 1).cuda()
+    expected = event_ops.events_from_dense(source, 1.0)
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         dense = torch.zeros(500, 300, device="cuda")
         torch.cuda._sleep(20_000_000)  # kernels on another stream would see the zeros
-        dense.copy_(dyadic((500, 300), 1))
+        dense.copy_(source)  # from the CPU it would itself wait for the stream
         got = event_ops.events_from_dense(dense, 1.0)
     stream.synchronize()
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
@@ -162,6 +165,52 @@ def test_narrow_weights_of_a_dense_input(dtype, autocast):
     three_layers(dtype, F32 if autocast else dtype, dtype, 0.9, autocast)
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("fuse_time", [True, False])
+def test_autocast_around_an_enabled_model(dtype, fuse_time):
+    """Bit for bit a model whose weights hold such numbers already, its gradients rounded where they arrive."""
+    snn = pytest.importorskip("snntorch")
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(90, 70), torch.nn.Linear(70, 60)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_((3 * layer.weight).to(dtype).to(F32))
+    surrogate = cases.fast_sigmoid(5.0)
+    neurons = [snn.Leaky(0.9, spike_grad=surrogate, init_hidden=True) for _ in layers]
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.neurons = torch.nn.ModuleList(layers), torch.nn.ModuleList(neurons)
+
+        def forward(self, x):
+            for neuron in self.neurons:
+                neuron.reset_mem()
+            out = []
+            for spk in x:
+                for layer, neuron in zip(self.layers, self.neurons, strict=True):
+                    spk = neuron(layer(spk))
+                out.append(spk)
+            return torch.stack(out)
+
+    net = sparse_backend.enable(Net().cuda(), 0.3, fuse_time=fuse_time)
+    x = (torch.rand(20, 4, 90, generator=generator(0)) < 0.05).float().cuda()
+    results = []
+    for narrow in (True, False):
+        net.zero_grad()
+        with torch.autocast("cuda", dtype=dtype, enabled=narrow):
+            spikes = net(x).to_dense()
+        spikes.sum().backward()
+        results.append((spikes.detach(), [p.grad.clone() for p in net.parameters()]))
+    (ours, grads), (wide, wide_grads) = results
+    assert ours.dtype == F32 and bool(ours.any()) and torch.equal(ours, wide)
+    for one, other in zip(grads, wide_grads, strict=True):
+        assert bool(other.any())
+        rounded = torch.finfo(dtype).eps / 2 * other.abs() + 2e-5 * other.abs().max()
+        assert bool(((one - other).abs() <= rounded).all())
+    assert all(layer.steps["framework"] == 0 for layer in sparse_backend.report(net).layers)
+
+
 def test_the_dense_regime_can_be_captured():
     current = dyadic((6, 3, 50), 1).cuda()
     beta, threshold = torch.tensor(0.5, device="cuda"), torch.tensor(1.0, device="cuda")
@@ -220,11 +269,11 @@ with torch.cuda.graph(graph):
     leaky_ops.leaky(current, *neuron, *rest)
 graph.replay()
 torch.cuda.synchronize()
-print("as long as it fits")
+print("as long as it fits", flush=True)
 current.fill_(9.0)  # 6015 spikes, room for 1024
 graph.replay()
 torch.cuda.synchronize()
-print("no further")
+print("no further", flush=True)
 """
 
 

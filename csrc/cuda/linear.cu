@@ -133,7 +133,7 @@ constexpr int kTile = 1024;  // columns whose bits a block gathers in shared mem
 // A block per 256 rows, a warp per 32 of them: for every column one word of the rows in which it has an event.
 __global__ void __launch_bounds__(kThreads, 4)
     transpose_bits_kernel(const Rows events, int64_t first, int64_t rows, int64_t columns, uint32_t* bits_) {
-    __shared__ uint32_t found[kWarps][kTile];
+    __shared__ uint32_t found[kWarps][kTile + 4];  // so that eight rows of four columns lie in 32 banks
     const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kLanes;
     const int64_t segments = segments_of(rows), c0 = int64_t{blockIdx.y} * kTile;
     for (int j = lane; j < kTile; j += kLanes) found[warp][j] = 0;

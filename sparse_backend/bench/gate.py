@@ -31,7 +31,8 @@ EXACT_SAMPLES = 8
 EXACT = 1e-8  # of the largest entry
 CLOSE = 1e-3  # of the loss, of the largest membrane
 FLIPPED = 0.05  # share of samples that may have a flipped spike, in networks of up to
-MEMBRANES = 200_000  # membranes a sample, over all hidden layers and steps; in larger ones as many more, to
+MEMBRANES = 200_000  # membranes a sample, over all hidden layers and steps, of sums of up to
+EVENTS = 16  # input events a step; of more membranes as many more may flip, as roundings of longer sums grow, to
 MOST_FLIPPED = 0.5
 COSINE = 0.999
 
@@ -82,6 +83,13 @@ class _Stock:
         return known[1]
 
 
+def may_flip(case: Case) -> float:
+    """The share of a batch's samples in which rounding may decide a spike."""
+    larger = case.steps * sum(case.hidden) / MEMBRANES
+    longer = case.events / case.steps / EVENTS
+    return min(MOST_FLIPPED, FLIPPED * max(1.0, larger) * math.sqrt(max(1.0, longer)))
+
+
 class Gate:
     """Judges the paths of one case."""
 
@@ -90,8 +98,7 @@ class Gate:
         self.b_th: BTh = case.b_th
         self.net, self.few, self.batch, self.dense = net, few, batch, dense
         self._case = case
-        membranes = case.steps * sum(case.hidden)
-        self.may_flip = max(FLIPPED, min(MOST_FLIPPED, FLIPPED * membranes / MEMBRANES))
+        self.may_flip = may_flip(case)
         framework = framework_of(case)
         self.exact_net = framework.exact(net)
         self._exact = _Stock(case, self.exact_net, few, None, framework.oracle)

@@ -94,9 +94,12 @@ def autograd(
 
     def below(keyset: Any, args: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
+            if autocasting.is_on():
+                with autocasting.Off():
+                    return below(keyset, args)
             if keyset is None:
-                return exactly(op, *args)
-            return exactly(op.redispatch, keyset & torch._C._after_autograd_keyset, *args)
+                return op(*args)
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def run(keyset: Any, args: tuple[Any, ...], result: Any = None) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):

@@ -43,7 +43,7 @@ _ELEMENTWISE = {
     Tensor.floor, torch.sign, Tensor.sign, torch.sin, Tensor.sin, torch.cos, Tensor.cos, torch.erf, Tensor.erf,
     torch.log1p, Tensor.log1p, torch.rsqrt, Tensor.rsqrt, torch.reciprocal, Tensor.reciprocal, Tensor.__rpow__,
     torch.addcmul, Tensor.addcmul, torch.lerp, Tensor.lerp, F.mish, F.softsign, F.logsigmoid,
-    Tensor.float, Tensor.double, Tensor.bool, Tensor.to,
+    Tensor.bool, Tensor.to,
 }  # fmt: skip
 
 #: the same numbers in another shape
@@ -88,8 +88,10 @@ _OF_SHAPE = {
     Tensor.new_tensor,
 }  # fmt: skip
 
-#: to another dtype or device, which often are the same
-_CASTS = {Tensor.to, Tensor.type_as, Tensor.cpu}
+#: to another dtype or device, which often are the same: what those cast to that are not told
+_CASTS: dict[Any, Any] = {
+    Tensor.to: None, Tensor.type_as: None, Tensor.cpu: "cpu", Tensor.float: torch.float32, Tensor.double: torch.float64,
+}  # fmt: skip
 
 #: those that refuse tensors of different dtypes, which meta tensors do not
 _ONE_DTYPE = {
@@ -109,7 +111,7 @@ _WITHOUT_GRADIENT = {Tensor.detach, torch.detach, torch.zeros_like, torch.ones_l
 #: whose result may share its argument's memory: a write to the one is a write to the other
 _VIEWS = {
     *_RESHAPES, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute, Tensor.t, Tensor.detach, torch.detach,
-    Tensor.contiguous, Tensor.__getitem__, Tensor.float, Tensor.double, Tensor.bool,
+    Tensor.contiguous, Tensor.__getitem__, Tensor.bool,
     torch.narrow, Tensor.narrow, torch.movedim, Tensor.movedim, torch.swapaxes, Tensor.swapaxes, Tensor.expand,
     Tensor.expand_as, *_TRANSPOSES,
 }  # fmt: skip
@@ -140,9 +142,8 @@ def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if into is None or "out" in kwargs:
         return NotImplemented
     if function in _CASTS:
-        return (
-            _cast(into, *args, **kwargs) if function is not Tensor.cpu or len(args) > 1 else _cast(into, *args, "cpu")
-        )
+        told = _CASTS[function] is None or len(args) > 1
+        return _cast(into, *args, **kwargs) if told else _cast(into, *args, _CASTS[function], **kwargs)
     if function in _OF_SHAPE:
         return _of_shape(function, *args, **kwargs)
     if function in _PURE:
@@ -381,7 +382,7 @@ def _record(
         return None
     names = tuple(kwargs)
     key = (
-        function, frame, names, into.mode(), tuple([t.requires_grad for t in fixed]),
+        function, frame, names, into.mode(), autocasting.state(), tuple([t.requires_grad for t in fixed]),
         tuple([t.spec if type(t) is Placeholder else (t.shape, t.dtype, t.requires_grad) for t in tensors]),
     )  # fmt: skip
     site: Any = into.sites.get(key)
@@ -488,9 +489,9 @@ def _shape_of(
 ) -> tuple[torch.Size, torch.dtype] | None:
     """Shape and dtype of a result, told by meta tensors; None where it is not one tensor, or where the call is wrong:
     made on values, it raises what torch raises at the user's own line. Autocast, which passes meta tensors by, is
-    shown zeros."""
+    shown zeros, but for an index: a mask of zeros would decide the shape."""
     metas = tuple([(t.shape, t.dtype) for t in (*tensors, *fixed)])
-    autocast = autocasting.state()
+    autocast = None if function is Tensor.__getitem__ else autocasting.state()
     if function in _ONE_DTYPE and autocast is None and len({dtype for _, dtype in metas}) > 1:
         return None
     if function in _OF_BOOLS and any(dtype is not torch.bool for _, dtype in metas):

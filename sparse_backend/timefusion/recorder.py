@@ -20,7 +20,6 @@ from sparse_backend.tensorlike import NOTHING, TensorLike, not_compiled, outside
 
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _grad_enabled = torch.is_grad_enabled
-_autocast_is_on = autocasting.is_on
 _functorch_active = torch._C._are_functorch_transforms_active
 _make_subclass = Tensor._make_subclass
 _weak = weakref.ref
@@ -249,7 +248,7 @@ class Site:
     def __init__(self, recording: Recording, reads: Sequence[Tensor] = ()) -> None:
         """reads: the caller's tensors that every call of this site uses, as they are now."""
         self.recording = recording
-        self.mode = Recording.mode()
+        self.mode, self.autocast = Recording.mode(), autocasting.state()
         self.queue: list[Node] = []
         self.place = 0  #: calls of the queue that have run
         self.switched = False  #: what it reads requires grad only while it runs, or only while it does not
@@ -310,7 +309,6 @@ class Recording:
     def __init__(self) -> None:
         self.sites: dict[Any, Site] = {}
         self.hooks, self.grad_mode = _hooks(True), _grad_enabled()
-        self.autocast = autocasting.state()
         self.pending: list[Node] = []
         self.watched: list[tuple[Tensor, int, bool]] = []
         self.summed: dict[int, Tensor] = {}  #: the caller's tensors that a running sum began with
@@ -336,12 +334,7 @@ class Recording:
     def accepts(self) -> bool:
         """Whether a call made now may be recorded: torch is in the state that recorded calls will run under. Inside
         a checkpoint or a custom autograd function it is not, and what they see must be computed there."""
-        return (
-            _grad_enabled() is self.grad_mode
-            and (self.autocast == autocasting.state() if _autocast_is_on() else self.autocast is None)
-            and not _functorch_active()
-            and _hooks(True) == self.hooks
-        )
+        return _grad_enabled() is self.grad_mode and not _functorch_active() and _hooks(True) == self.hooks
 
     @staticmethod
     def mode() -> bool:
@@ -415,9 +408,8 @@ class Recording:
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
-        """Torch as when the recording began: its autocast, no torch.func transform, its saved-tensor hooks."""
+        """Torch as when the recording began: no torch.func transform, its saved-tensor hooks."""
         with ExitStack() as stack:
-            stack.enter_context(autocasting.restored(self.autocast))
             if _functorch_active():
                 stack.enter_context(torch._C._DisableFuncTorch())
             stack.enter_context(outside_saved_tensor_hooks(self.hooks))
@@ -430,7 +422,11 @@ class Recording:
         site.gathering = False
         site.place += len(nodes)
         with torch.set_grad_enabled(site.mode), _requiring_grad(site.reads) as site.switched:
-            site.execute(nodes)
+            if autocasting.is_now(site.autocast):
+                site.execute(nodes)
+            else:
+                with autocasting.restored(site.autocast):
+                    site.execute(nodes)
         for node in nodes:
             node.inputs = node.states = ()  # whoever keeps one output keeps no others
         self.longest = max(self.longest, len(nodes))

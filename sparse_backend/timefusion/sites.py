@@ -83,13 +83,15 @@ def _sliced(refs: Sequence[Any]) -> Tensor | None:
 
 def _joined(refs: Sequence[Any]) -> DeferredCurrent | None:
     """The current of all steps, where each step's is a deferred one of one weight and of the caller's own events."""
-    cache = refs[0].hub.cache
+    cache, narrow = refs[0].hub.cache, refs[0].hub.narrow
     for ref in refs:
-        if type(ref) is not DeferredCurrent or not ref.is_deferred or ref.hub.cache is not cache or ref.events.learns:
+        if type(ref) is not DeferredCurrent or not ref.is_deferred or ref.events.learns:
+            return None
+        if ref.hub.cache is not cache or ref.hub.narrow is not narrow:
             return None
     if cache is None or cache.weight is None:
         return None
-    return DeferredCurrent(EventTensor.stack([ref.events for ref in refs]), cache.of_all_steps())
+    return DeferredCurrent(EventTensor.stack([ref.events for ref in refs]), cache.of_all_steps(narrow))
 
 
 def same_at_every_step(refs: Sequence[Any]) -> bool:
@@ -167,9 +169,9 @@ class LinearSite(Site):
         self.sliced: Any = _NOTHING  #: what the last input was cut from
         self.slice_shape = torch.Size()
 
-    def still_learns(self) -> bool:
-        """Whether weight and bias require grad as they did."""
-        same = self.weight.requires_grad is self.reads[0][2]
+    def is_under(self, autocast: Any) -> bool:
+        """Whether this is the autocast it was made under, and weight and bias require grad as they did."""
+        same = self.autocast == autocast and self.weight.requires_grad is self.reads[0][2]
         return same and (self.bias is None or self.bias.requires_grad is self.reads[1][2])
 
     def forget(self) -> None:
@@ -249,5 +251,5 @@ class SumSite(Site):
             share(nodes, Run([totals], len(nodes)))
         else:
             dtype = self.specs[0].dtype
-            total = steps.sum(0) if steps.dtype is dtype else dense(steps).sum(0, dtype=dtype)
+            total = (steps if steps.dtype is dtype else dense(steps)).sum(0, dtype=dtype)
             share(nodes, Run([None], len(nodes), [dense(start) + total]))
