@@ -282,7 +282,7 @@ def test_commands_on_the_digits(tmp_path, capsys):
     assert "kept" in capsys.readouterr().out
     results = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert len([name for name in results if name.endswith(".gradients.json")]) == 2  # not of dense gradients
-    swept = results["sweep_digits_b-th_slope100_seed0.json"]
+    swept = results["sweep_digits_b-th_20-20_slope100_seed0.json"]
     assert [row["value"] for row in swept["rows"]] == [0.2, "inf"] and swept["rows"][1]["mass_pct"] == 100
     stock = results["digits_20-20_slope100_stock_seed0.json"]
     assert stock["experiment"]["stock"] and stock["data"]["train"] == 20

@@ -258,8 +258,37 @@ def test_the_page_says_what_the_results_say(tmp_path):
     # pairs: 80 - 80.5 and 81 - 82.5
     assert "after 2 epochs, 2 seeds in pairs: -1.00 ± 0.50 points, 95 % interval -7.36 to +5.36: these seeds" in text
     assert "at most 4 epochs here, the paper trains 100" in text and "`fmnist` lr" in text
-    assert "| 82.00 | 44 s |" in text and "Measured on: A CPU; 2 cores" in text
+    assert "| 82.00 | 44 s |" in text and "Measured on:\n\n- A CPU; 2 cores" in text
     assert "--seeds 0 1 2" in text and "Not run here: " in text and "`shd`" in text
+
+
+def test_every_section_has_its_commands_and_the_papers_times(tmp_path):
+    files = {
+        "s0": training(),
+        "g0": gradients(),
+        "h0": sweep("hidden", (100, 200)),
+        "d0": sweep("depth", (1, 2), "spoken"),
+    }
+    point = files["h0"]["rows"][1]
+    point["stock"]["ms"]["backward"]["median"], point["enabled"]["ms"]["backward"]["median"] = 120.0, 5.0
+    text = page_of(tmp_path, files)
+    assert "| Fashion-MNIST | 30.1 → 4.9 (6.1×) | 120 → 5 (24.0×) |" in text
+    assert "| SHD | 644 → 14.7 (43.8×) | not measured |" in text
+    assert "| Spoken digits (a stand-in for SHD) | – |" in text and "trained for 5 epochs" in text
+    trained, speed = text.split("## Activity")[0], text.split("## Speed and memory")[1]
+    assert "paper train --dataset fmnist" in trained and "paper sweep" not in trained
+    assert "paper sweep --dataset fmnist --data DATA --over hidden" in speed.split("## Every run")[0]
+
+
+def test_activity_above_the_papers_is_told(tmp_path):
+    files = {"s0": training(epochs=4)}
+    for entry, active in zip(files["s0"]["history"], (0.5, 2.0, 4.9, 5.1, 7.0), strict=True):
+        entry["active_pct"] = [1.0, active]
+    files["s0"]["history"][2]["test_accuracy"] = 81.25
+    text = page_of(tmp_path, files)
+    assert "- Fashion-MNIST: no layer above 5 % up to epoch 2, at 81.25 % test accuracy; the runs go on." in text
+    files["s0"]["history"][1]["active_pct"] = [1.0, 6.0]
+    assert "- Fashion-MNIST: above 5 % from the first epoch on." in page_of(tmp_path, files)
 
 
 def test_runs_of_other_lengths_are_not_averaged(tmp_path):
@@ -301,6 +330,14 @@ def test_sweeps_on_their_page(tmp_path):
     assert "| ∞ (dense) | 100 |" in text and '"auto" would be 0.19' in text
     figures.draw(results, tmp_path / "out", choosing=page)
     assert page.read_text(encoding="utf-8") == text
+    assert "What we recommend" not in text  # of one surrogate
+    files["two"] = sweep_b_th(25.0)
+    for row, accuracy in zip(files["two"]["rows"], (70, 79, 80.2, 80.6, 81, 81), strict=True):
+        row["test_accuracy"] = accuracy
+    figures.draw(put(tmp_path / "both", files), tmp_path / "out", choosing=page)
+    text = page.read_text(encoding="utf-8")
+    assert "| 0.05 | 11.0 |" in text and "| 0.2 | 0.8 |" in text and "begin with `b_th=0.2`" in text
+    assert "--over b-th\n```" in text
     figures.draw(put(tmp_path / "none", {}), tmp_path / "out", choosing=page)
     assert "Not measured yet" in page.read_text(encoding="utf-8")
     page.write_text("no markers", encoding="utf-8")

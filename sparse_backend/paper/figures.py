@@ -86,11 +86,13 @@ def figures_of(results: Results) -> list[Figure]:
     speed = "Medians of interleaved repeats against stock snnTorch, same threads, same trained weights."
     figures += [
         Figure(
-            "hidden", "hidden", f"Speed and memory against the size of the hidden layers. {speed}",
+            "hidden", "hidden",
+            f"Speed and memory against the size of the hidden layers{_trained(results, 'hidden')}. {speed}",
             results.swept("hidden"), "`paper sweep --over hidden`",
         ),
         Figure(
-            "depth", "depth", f"Accuracy, speed and memory against the number of hidden layers. {speed}",
+            "depth", "depth",
+            f"Accuracy, speed and memory against the number of hidden layers{_trained(results, 'depth')}. {speed}",
             results.swept("depth"), "`paper sweep --over depth`",
         ),
         Figure(
@@ -102,6 +104,13 @@ def figures_of(results: Results) -> list[Figure]:
         ),
     ]  # fmt: skip
     return figures
+
+
+def _trained(results: Results, over: str) -> str:
+    """For how long the networks of a sweep were trained: activity grows with it."""
+    epochs = sorted({row.epochs for group in results.swept(over) for point in group.points for row in point.rows})
+    unit = "epoch" if epochs == [1] else "epochs"
+    return f", of networks trained for {' or '.join(map(str, epochs))} {unit}" if epochs else ""
 
 
 def swept(setting: Setting) -> bool:

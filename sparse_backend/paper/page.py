@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from . import published
 from .presets import PRESETS
-from .results import DATASETS, DENSE, STOCK, Group, Point, Results, Run, Setting, SweepGroup, mean_of, rule_b_th
+from .results import (
+    DATASETS,
+    DENSE,
+    STOCK,
+    Gradients,
+    Group,
+    Point,
+    Results,
+    Run,
+    Setting,
+    Sweep,
+    SweepGroup,
+    mean_of,
+    rule_b_th,
+)
 
 if TYPE_CHECKING:
     from .figures import Figure
@@ -31,7 +45,9 @@ pairs of runs of one seed. No run that ended is left out, dead and diverged ones
 The paper's figures are from its text, on a GPU and an older stack: they say what it found, not what this machine
 should do.
 
-This page and its figures are made from the JSON files in docs/results alone; CONTRIBUTING.md has the commands.
+This page and its figures are made from the JSON files in docs/results alone, which the commands under each table and
+its figures wrote, DATA being the folder of the data set's own files and OUT that of the results: resumable, so that
+the last of several commands of one run is the one that gives it.
 """
 
 
@@ -122,6 +138,7 @@ def _accuracy(results: Results, shown: _Figures) -> list[str]:
         "",
         f"Not run here: {', '.join(f'`{name}`' for name in missing)}.\n" if missing else "",
         *shown("accuracy", "accuracy-training", "loss"),
+        _commands(results.runs),
     ]
 
 
@@ -197,7 +214,7 @@ def _remarks(results: Results) -> list[str]:
 
 def _activity(results: Results, shown: _Figures) -> list[str]:
     low, high = published.ACTIVE
-    rows = []
+    rows, said = [], []
     for setting in _main(results):
         for group in setting.sparse:
             layers = list(zip(*(run.last.active for run in group.runs), strict=True))
@@ -213,6 +230,8 @@ def _activity(results: Results, shown: _Figures) -> list[str]:
                     "yes" if all(low <= value <= high for value in means) else "no",
                 ]
             )
+            if max(means) > high:
+                said.append(f"- {setting.title}: {_grown(group, high)}")
     if not rows:
         return []
     return [
@@ -221,10 +240,26 @@ def _activity(results: Results, shown: _Figures) -> list[str]:
         "training. Ours, with sparse gradients, on one test batch before training and at each run's last epoch, "
         "layer by layer from the input, means over the seeds:\n",
         _table(["data set", "active % before", "active % after", "spikes % after", f"within {low:g}–{high:g} %"], rows),
-        "Activity is a property of the trained network more than of the method, and no loss here holds it down; "
-        "`sparse_backend.losses.upper_activity` would.\n",
+        "Activity is a property of the network and grows with training, and with it what a step costs; "
+        "`sparse_backend.losses.upper_activity` holds it down where that matters (`fmnist-calm`).\n",
+        *said,
+        "",
         *shown("activity", "activity-hidden", "activity-size"),
+        "The commands under test accuracy made this table; the last figure has those under speed and memory.\n",
     ]
+
+
+def _grown(group: Group, high: float) -> str:
+    """When activity passed what the paper saw."""
+    epochs = range(min(len(run.history) for run in group.runs))
+    most = [
+        max(mean(layer) for layer in zip(*(run.history[epoch].active for run in group.runs), strict=True))
+        for epoch in epochs
+    ]
+    last = next((epoch for epoch in epochs if most[epoch] > high), len(epochs)) - 1
+    if last < 1:
+        return f"above {high:g} % from the first epoch on."
+    return f"no layer above {high:g} % up to epoch {last}, at {group.accuracy(last)} % test accuracy; the runs go on."
 
 
 def _gradients(results: Results, shown: _Figures) -> list[str]:
@@ -250,6 +285,7 @@ def _gradients(results: Results, shown: _Figures) -> list[str]:
         "tensors, which the picture shows.\n",
         _table(["network", "relative error %", "cosine", "zeros %, sparse / dense"], rows),
         *shown(*(figure.name for figure in shown.figures if figure.name.startswith("gradients"))),
+        _commands(found),
     ]
 
 
@@ -272,23 +308,61 @@ def _sizes(results: Results, shown: _Figures) -> list[str]:
         named = "neurons in a hidden layer" if group.over == "hidden" else "hidden layers"
         rows = [[f"{point.value:g}", *_speeds(point)] for point in group.points]
         text += [f"{group.subject.title}; {_where(group)}:\n", _table([named, *_SPEEDS], rows, left=0)]
-    return [*text, *shown("hidden", "depth")]
+    return [
+        *text,
+        *_backward(groups),
+        *shown("hidden", "depth"),
+        _commands(sweep for group in groups for sweep in group.sweeps),
+    ]
 
 
-_SPEEDS = ("test accuracy %", "active %", "stock ms", "backward ×", "whole step ×", "kept %")
+def _backward(groups: Sequence[SweepGroup]) -> list[str]:
+    """The paper's raw times beside ours of the same network."""
+    measured: dict[str, Point] = {}
+    for group in groups:
+        for point in group.points:
+            size = (2, point.value) if group.over == "hidden" else (point.value, group.subject.preset.hidden[0])
+            if size == (2, 200):
+                measured.setdefault(group.subject.preset.dataset, point)
+    of_paper = {name: found for name, found in published.PUBLISHED.items() if found.backward_ms}
+    rows = []
+    for dataset in dict.fromkeys([*of_paper, *measured]):
+        theirs = of_paper[dataset].backward_ms if dataset in of_paper else None
+        ours = measured.get(dataset)
+        rows.append(
+            [
+                DATASETS[dataset],
+                "–" if theirs is None else f"{theirs[0]:g} → {theirs[1]:g} ({theirs[0] / theirs[1]:.1f}×)",
+                f"{_stock_to_ours(ours, 'backward')} ({ours.get('backward'):.1f}×)" if ours else "not measured",
+            ]
+        )
+    head = ["milliseconds of one backward pass", "paper: second hidden layer alone, its GPU", "here: the whole network"]
+    return ["Two hidden layers of 200, dense → sparse:\n", _table(head, rows)]
+
+
+def _stock_to_ours(point: Point, part: str) -> str:
+    before, after = (mean(getattr(getattr(row, side), part) for row in point.rows) for side in ("stock", "enabled"))
+    return f"{before:.0f} → {after:.3g}"
+
+
+_SPEEDS = ("test accuracy %", "active %", "backward ms", "×", "whole step ms", "×", "kept %")
 
 
 def _speeds(point: Point) -> list[str]:
     active = [value for row in point.rows for value in row.active]
-    stock = mean(row.stock.whole for row in point.rows)
     return [
         f"{point.get('test_accuracy'):.1f}",
         _percent(mean(active)),
-        f"{stock:.0f}",
+        _stock_to_ours(point, "backward"),
         f"{point.get('backward'):.1f}",
+        _stock_to_ours(point, "whole"),
         f"{point.get('whole'):.1f}",
         f"{point.get('kept'):.1f}",
     ]
+
+
+def _commands(made: Iterable[Run | Gradients | Sweep]) -> str:
+    return "\n".join(["```console", *dict.fromkeys(one.origin.command for one in made), "```\n"])
 
 
 def _where(group: SweepGroup) -> str:
@@ -324,8 +398,40 @@ def _choosing(groups: Sequence[SweepGroup], shown: _Figures) -> list[str]:
         *(f"- {_found(group)}" for group in groups),
         *(f"- {_swayed(group)}" for group in groups),
         "",
+        *_recommended(groups),
         *shown("b_th"),
+        _commands(sweep for group in groups for sweep in group.sweeps),
     ]
+
+
+def _recommended(groups: Sequence[SweepGroup]) -> list[str]:
+    """What each b_th costs at worst and brings at least, whatever the surrogate."""
+    lost: dict[float, list[float]] = {}
+    gained: dict[float, list[float]] = {}
+    for group in groups:
+        points = {point.value: point for point in group.points}
+        dense = points.pop(math.inf, None)
+        if dense is None:
+            continue
+        for b_th, point in points.items():
+            lost.setdefault(b_th, []).append(dense.get("test_accuracy") - point.get("test_accuracy"))
+            gained.setdefault(b_th, []).append(point.get("whole"))
+    tried = sorted(b_th for b_th, losses in lost.items() if len(losses) == len(groups))
+    if len(groups) < 2 or not tried:
+        return []
+    rows = [[f"{b_th:g}", f"{max(lost[b_th]):.1f}", f"{min(gained[b_th]):.1f}"] for b_th in tried]
+    good = [b_th for b_th in tried if max(lost[b_th]) <= 1]
+    text = [
+        f"Over all {len(groups)} surrogates, each against its own dense training:\n",
+        _table(["b_th", "points of accuracy lost at most", "whole step × at least"], rows, left=0),
+    ]
+    if good:
+        text.append(
+            f"**What we recommend** by these runs: begin with `b_th={good[0]:g}`, the least that loses at most one "
+            "point with every surrogate tried, and widen the band if `check` or your accuracy says so. With a steep "
+            'surrogate "auto" is about the same; with a broad one it is the safe choice and a slow one.\n'
+        )
+    return text
 
 
 def _b_th(point: Point) -> str:
@@ -388,20 +494,16 @@ def _runs(results: Results) -> list[str]:
     ]
     told = [_told(run) for run in results.runs if run.status in ("dead", "diverged")]
     everything: tuple[Any, ...] = (*results.runs, *results.gradients, *results.sweeps)
-    origins = [result.origin for result in everything]
-    commands = dict.fromkeys(origin.command for origin in origins)
-    places = dict.fromkeys(origin.where for origin in origins)
+    places = dict.fromkeys(result.origin.where for result in everything)
     return [
         "## Every run\n",
         _table(head, rows, left=2),
         *told,
         "Times are of training alone, as they came: several runs may have shared the machine, so only times that "
-        "took turns, those of the sweeps, are compared. DATA is the folder of the data set's own files, OUT that of "
-        "the results.\n",
-        "```console",
-        *commands,
-        "```\n",
-        "Measured on: " + "; ".join(places) + ".\n",
+        "took turns, those of the sweeps, are compared.\n",
+        "Measured on:\n",
+        *(f"- {place}" for place in places),
+        "",
         "Data sets: " + "; ".join(dict.fromkeys(_data(run) for run in results.runs)) + ".",
     ]
 

@@ -65,6 +65,9 @@ PRESETS: dict[str, Preset] = {
     "fmnist": _FMNIST,
     "fmnist-deep": dataclasses.replace(_FMNIST, hidden=(300,) * 5),
     "fmnist-conv": dataclasses.replace(_FMNIST, hidden=(), net="conv", chosen=("lr", "initial")),
+    "fmnist-calm": dataclasses.replace(  # at most one spike a neuron and sample, to see what activity costs
+        _FMNIST, epochs=20, upper=(1.0, 1.0), chosen=("lr", "epochs", "upper")
+    ),
     "nmnist": _NMNIST,
     "nmnist-part": dataclasses.replace(  # few recordings: more steps of a larger rate
         _NMNIST, epochs=40, lr=1e-3, batch=64, chosen=("lr", "epochs", "batch")

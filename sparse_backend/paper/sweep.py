@@ -79,11 +79,16 @@ def sweep(arguments: argparse.Namespace, command: str) -> None:
                 "command": command,
                 **machine.describe(),
             }
-            surrogate = f"slope{base.slope:g}" if base.slope else "atan"
-            name = f"sweep_{arguments.dataset}_{arguments.over}_{surrogate}_seed{arguments.seed}.json"
-            write_text(arguments.out / name, json.dumps(whole, indent=1, allow_nan=False) + "\n")
+            write_text(arguments.out / _file(arguments, base), json.dumps(whole, indent=1, allow_nan=False) + "\n")
     finally:
         set_threads(before)
+
+
+def _file(arguments: argparse.Namespace, base: Preset) -> str:
+    layers = ["-".join(map(str, arguments.hidden))] if arguments.hidden else []
+    surrogate = f"slope{base.slope:g}" if base.slope else "atan"
+    words = ["sweep", arguments.dataset, arguments.over, *layers, surrogate, f"seed{arguments.seed}"]
+    return "_".join(words) + ".json"
 
 
 def _trained(result: dict[str, Any]) -> dict[str, Any]:
