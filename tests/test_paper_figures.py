@@ -255,6 +255,9 @@ def test_the_page_says_what_the_results_say(tmp_path):
     assert "81.9 % → 82.8 %" in text
     assert "81.50 ± 1.00 % (2 epochs, 2 seeds) | 81.00 ± 0.58 % (2 epochs, 3 seeds)" in text
     assert "83.00 ± 0.58 % (4 epochs, 3 seeds)" in text
+    assert "sparse b_th 0.4" not in text
+    wider = page_of(tmp_path / "wider", files | {"w0": training(b_th=0.4, seed=0, epochs=4)})
+    assert "- Fashion-MNIST: sparse b_th 0.4 − dense (b_th = inf) after 2 epochs, 1 seed in pairs: " in wider
     # pairs: 80 - 80.5 and 81 - 82.5
     assert "after 2 epochs, 2 seeds in pairs: -1.00 ± 0.50 points, 95 % interval -7.36 to +5.36: these seeds" in text
     assert "at most 4 epochs here, the paper trains 100" in text and "`fmnist` lr" in text

@@ -130,6 +130,9 @@ def _accuracy(results: Results, shown: _Figures) -> list[str]:
         )
         if dense and sparse and both:
             said.append(_verdict(setting, dense, sparse, both))
+        if dense:
+            others = [group for group in setting.groups if group.sparse and group not in setting.sparse]
+            said += [_verdict(setting, dense, group, min(dense.epochs, group.epochs), group.how) for group in others]
     missing = [name for name in PRESETS if not any(run.subject.name == name for run in results.runs)]
     return [
         "## Test accuracy\n",
@@ -173,7 +176,7 @@ def _papers(name: str) -> str:
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # t of 95 %, by degrees of freedom from 1 on
 
 
-def _verdict(setting: Setting, dense: Group, sparse: Group, epoch: int) -> str:
+def _verdict(setting: Setting, dense: Group, sparse: Group, epoch: int, how: str = "sparse") -> str:
     """Over the seeds that both have, so that each pair starts from the same weights and sees the same batches."""
     ours, theirs = sparse.accuracies(epoch), dense.accuracies(epoch)
     found = mean_of(ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys())
@@ -182,7 +185,7 @@ def _verdict(setting: Setting, dense: Group, sparse: Group, epoch: int) -> str:
     kind = "stock" if dense.how == STOCK else "b_th = inf"
     sign = "+" if found.value >= 0 else ""
     words = (
-        f"{setting.title}: sparse − dense ({kind}) after {epoch} epochs, {_seeds(found.seeds)} in pairs: {sign}{found}"
+        f"{setting.title}: {how} − dense ({kind}) after {epoch} epochs, {_seeds(found.seeds)} in pairs: {sign}{found}"
     )
     if found.error is None:
         return f"{words} points; one seed tells nothing."
