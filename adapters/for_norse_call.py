@@ -93,7 +93,7 @@ class Call(NamedTuple):
                 i = i + linear(layer.weights.recurrent, recurrent, None, z)
                 z = recurrent = None
         asked_dense = plan.why_dense is not None or goes_dense(layer)
-        if recurrent is not None and autocasting.is_on():
+        if recurrent is not None:
             recurrent = autocasting.rounded(recurrent)
         result = run_lif(
             current, sizes, neuron, v, i, plan.spike_grad, plan.b_th, recurrent=recurrent, z=z,

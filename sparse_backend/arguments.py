@@ -103,8 +103,9 @@ def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None)
         raise TypeError(f"x: expected {given.dtype} as weight, got {x.dtype}")
     events = EventTensor.from_dense(x)
     events = events.to(weight.dtype) if weight.dtype in _FLOATS else _with_float_values(events)
-    few = events.indices.numel() <= policy.MAX_INPUT * events.numel()  # known without waiting for the device
-    if not (few or events.density <= policy.MAX_INPUT) or not is_finite(weight):
+    # how long the list is needs no waiting for the device
+    crowded = events.indices.numel() > policy.MAX_INPUT * events.numel() and events.density > policy.MAX_INPUT
+    if crowded or not is_finite(weight):
         dense = events.to_dense() if type(x) is EventTensor else x
         return torch.nn.functional.linear(dense.to(weight.dtype), weight, bias).to(sums_dtype(weight))
     return DeferredCurrent(events, WeightHub(weight, None if bias is None else widened(bias).contiguous(), None, 0))

@@ -38,16 +38,18 @@ def _reaches(tensor: Tensor) -> bool:
     return device in _DEVICES and torch.is_autocast_enabled(device)
 
 
-def rounded(weight: Tensor) -> Tensor:
-    """A weight of any shape whose numbers are those autocast casts it to, differentiably, in its own dtype."""
-    dtype = dtype_of(weight)
-    return weight if dtype is None else weight.to(dtype).to(weight.dtype)
-
-
 def lowered(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A weight with the numbers of `dtype`, differentiably, in the dtype that kernels gather from: that one on CUDA,
     its own elsewhere. As it is for None."""
-    return weight if dtype is None else weight.to(dtype) if weight.is_cuda else weight.to(dtype).to(weight.dtype)
+    if dtype is None:
+        return weight
+    narrow = weight.to(dtype)
+    return narrow if weight.is_cuda else narrow.to(weight.dtype)
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """A weight of any shape whose numbers are those autocast casts it to, differentiably, in its own dtype."""
+    return lowered(weight, dtype_of(weight)).to(weight.dtype)
 
 
 def widened(x: Any) -> Any:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils._pytree import tree_any, tree_map
 
@@ -223,15 +224,10 @@ def inside_custom_function() -> bool:
     return getattr(_here, "depth", 0) > 0
 
 
-def _is_keeper_of_arguments(cls: Any) -> bool:
-    """Whether this is how older torch keeps what a checkpoint was given, for when it runs again: the same objects."""
-    return cls.__name__ == "_NoopSaveInputs" and cls.__module__ == "torch.utils.checkpoint"
-
-
 @functools.wraps(_own_apply)
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """`torch.autograd.Function.apply`, given dense tensors in the place of stand-ins."""
-    if torch.compiler.is_compiling() or _is_keeper_of_arguments(cls):
+    if torch.compiler.is_compiling():
         return _own_apply(cls, *args, **kwargs)
     before = getattr(_here, "depth", 0)
     _here.depth = before + 1
@@ -242,3 +238,8 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment,arg-type]
+
+# How older torch keeps what a checkpoint was given, for when it runs again: the same objects.
+_keeper = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
+if _keeper is not None:
+    _keeper.apply = classmethod(_own_apply)

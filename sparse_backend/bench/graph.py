@@ -32,9 +32,8 @@ class CapturedRun(Run):
 
     def _capture(self, samples: Tensor | None) -> None:
         def forward() -> None:
-            self._mem = self._loss = (
-                None  # a pass that lives on would accumulate gradients on the stream it was made on
-            )
+            # a pass that lives on would accumulate gradients on the stream it was made on
+            self._mem = self._loss = None
             output = self.forward(self._static)
             self._mem, self._loss = output.mem, loss_of(output, self.labels, samples)
 

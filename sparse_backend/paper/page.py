@@ -14,6 +14,7 @@ from .results import (
     DATASETS,
     DENSE,
     STOCK,
+    Epoch,
     Gradients,
     Group,
     Point,
@@ -220,20 +221,18 @@ def _activity(results: Results, shown: _Figures) -> list[str]:
     rows, said = [], []
     for setting in _main(results):
         for group in setting.sparse:
-            layers = list(zip(*(run.last.active for run in group.runs), strict=True))
-            spikes = list(zip(*(run.last.spikes for run in group.runs), strict=True))
-            before = list(zip(*(run.history[0].active for run in group.runs), strict=True))
-            means = [mean(layer) for layer in layers]
+            first, last = [run.history[0] for run in group.runs], [run.last for run in group.runs]
+            after = _by_layer(last, "active")
             rows.append(
                 [
                     f"{setting.title}, {group.epochs} epochs",
-                    ", ".join(_percent(mean(layer)) for layer in before),
-                    ", ".join(_percent(value) for value in means),
-                    ", ".join(_percent(mean(layer)) for layer in spikes),
-                    "yes" if all(low <= value <= high for value in means) else "no",
+                    ", ".join(map(_percent, _by_layer(first, "active"))),
+                    ", ".join(map(_percent, after)),
+                    ", ".join(map(_percent, _by_layer(last, "spikes"))),
+                    "yes" if all(low <= value <= high for value in after) else "no",
                 ]
             )
-            if max(means) > high:
+            if max(after) > high:
                 said.append(f"- {setting.title}: {_grown(group, high)}")
     if not rows:
         return []
@@ -252,13 +251,15 @@ def _activity(results: Results, shown: _Figures) -> list[str]:
     ]
 
 
+def _by_layer(entries: Sequence[Epoch], quantity: str) -> list[float]:
+    """Mean over runs, of each layer from the input."""
+    return [mean(layer) for layer in zip(*(getattr(entry, quantity) for entry in entries), strict=True)]
+
+
 def _grown(group: Group, high: float) -> str:
     """When activity passed what the paper saw."""
     epochs = range(min(len(run.history) for run in group.runs))
-    most = [
-        max(mean(layer) for layer in zip(*(run.history[epoch].active for run in group.runs), strict=True))
-        for epoch in epochs
-    ]
+    most = [max(_by_layer([run.history[epoch] for run in group.runs], "active")) for epoch in epochs]
     last = next((epoch for epoch in epochs if most[epoch] > high), len(epochs)) - 1
     if last < 1:
         return f"above {high:g} % from the first epoch on."

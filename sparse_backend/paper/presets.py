@@ -46,6 +46,11 @@ class Preset:
     def surrogate(self) -> str:
         return f"fast_sigmoid(slope={self.slope:g})" if self.slope else "atan(alpha=2)"
 
+    @property
+    def short_surrogate(self) -> str:
+        """The same in the names of files."""
+        return f"slope{self.slope:g}" if self.slope else "atan"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, infinity as text; `from_dict` takes it back."""
         return {**dataclasses.asdict(self), "b_th": "inf" if self.b_th == math.inf else self.b_th}

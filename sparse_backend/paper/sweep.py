@@ -86,8 +86,7 @@ def sweep(arguments: argparse.Namespace, command: str) -> None:
 
 def _file(arguments: argparse.Namespace, base: Preset) -> str:
     layers = ["-".join(map(str, arguments.hidden))] if arguments.hidden else []
-    surrogate = f"slope{base.slope:g}" if base.slope else "atan"
-    words = ["sweep", arguments.dataset, arguments.over, *layers, surrogate, f"seed{arguments.seed}"]
+    words = ["sweep", arguments.dataset, arguments.over, *layers, base.short_surrogate, f"seed{arguments.seed}"]
     return "_".join(words) + ".json"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +16,7 @@ import torch
 from torch import Tensor
 
 import sparse_backend
-from sparse_backend import losses
-from sparse_backend.atomic import write_text
+from sparse_backend import atomic, losses
 from sparse_backend.bench import machine
 from sparse_backend.data import EventSet, Recordings
 
@@ -42,8 +40,7 @@ class Experiment:
         p = self.preset
         layers = "conv" if p.net == "conv" else "-".join(map(str, p.hidden))
         gradient = "stock" if self.stock else f"b{p.b_th}"
-        surrogate = f"slope{p.slope:g}" if p.slope else "atan"
-        return f"{self.name}_{layers}_{surrogate}_{gradient}_seed{self.seed}"
+        return f"{self.name}_{layers}_{p.short_surrogate}_{gradient}_seed{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "preset": self.preset.to_dict(), "seed": self.seed, "stock": self.stock}
@@ -199,13 +196,11 @@ def train(
             "command": command,
             **machine.describe(),
         }
-        write_text(result_path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+        atomic.write_text(result_path, json.dumps(values, indent=1, allow_nan=False) + "\n")
         return values
 
     def save() -> None:
-        temporary = checkpoint.with_suffix(".part")
-        torch.save(trainer.state(), temporary)
-        os.replace(temporary, checkpoint)
+        atomic.write(checkpoint, lambda file: torch.save(trainer.state(), file))
 
     known = json.loads(result_path.read_text(encoding="utf-8")) if result_path.exists() else None
     if known is not None and not checkpoint.exists():
