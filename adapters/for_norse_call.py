@@ -57,9 +57,7 @@ class Call(NamedTuple):
             v_seq: Any = result.v_seq
             output = shaped(v_seq, self.current.shape)
         else:
-            output, v_seq = result.spikes, result.v_seq
-            if output.shape != self.current.shape:
-                output = shaped(output.to_dense() if isinstance(output, TensorLike) else output, self.current.shape)
+            output, v_seq = shaped(result.spikes, self.current.shape), result.v_seq
         if record_states:
             sequence = self.current.shape
             states = {"v": shaped(v_seq, sequence), "i": shaped(result.i_seq, sequence)}
@@ -137,9 +135,7 @@ class Call(NamedTuple):
                 return current
         if isinstance(current, TensorLike):
             current = current.to_dense()
-        if not current.dim() or current.shape[-1] != neurons:
-            return current.reshape(-1, neurons)
-        return current
+        return current if current.dim() else current.reshape(1, neurons)
 
 
 def prepare(module: Any, layer: LayerState, kind: Kind, input_: Any, state: Any, in_time: bool) -> Call | str:
@@ -251,14 +247,16 @@ def why_not_recurrent(weight: Any, shape: torch.Size, current: Any, in_time: boo
 
 def shaped(x: Any, shape: torch.Size) -> Any:
     """Not a view: users detach_() states and outputs as they do any tensor."""
-    return x if x is None or (x.shape == shape and not x._is_view()) else _unsafe_view(x, shape)
+    if x is None or type(x) is EventTensor:
+        return x if x is None or x.shape == shape else x.reshaped(shape)
+    return x if x.shape == shape and not x._is_view() else _unsafe_view(x, shape)
 
 
 def _last(spikes: Any, shape: torch.Size) -> Any:
     """The spikes of the last step."""
     if type(spikes) is not EventTensor or not spikes.is_events:
         return spikes[-1].clone()
-    rows = shape[:-1].numel()
+    rows = spikes.rows // spikes.shape[0]
     row_ptr, active_ptr, handle, active = spikes.row_ptr[-rows - 1 :], spikes.active_ptr, spikes.handle, None
     if active_ptr is not None and handle is not None and spikes.active_indices is not None:
         active_ptr = active_ptr[-rows - 1 :]
@@ -268,7 +266,7 @@ def _last(spikes: Any, shape: torch.Size) -> Any:
         active_ptr = None
     return EventTensor(
         shape, row_ptr, spikes.indices, spikes.values, handle=handle, active_ptr=active_ptr, active_indices=active,
-        dtype=spikes.dtype, check=False,
+        dtype=spikes.dtype, columns=spikes.columns, check=False,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_backend import autocasting, surrogate
+from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute_lif import LIResult
@@ -52,6 +53,8 @@ def _record_first(
     into: Recording, module: Any, layer: LayerState, kind: Kind, current: Any, state: Any
 ) -> list[Placeholder] | None:
     """The same for a call that is not just one more of the last one's kind: it is looked at closely."""
+    if type(current) is DeferredConvolution:
+        current = current.to_dense()
     if type(current) is Tensor:
         if current.layout is not torch.strided or not is_watchable(current):
             return None
@@ -189,10 +192,7 @@ def _sequence(
     if isinstance(result, LIResult):
         sequences, last = [result.v_seq], [result.v_last]
     else:
-        spikes = result.spikes
-        if spikes.shape != current.shape:
-            spikes = shaped(spikes.to_dense() if isinstance(spikes, TensorLike) else spikes, current.shape)
-        sequences, last = [spikes, result.v_seq], [None, result.v_last]
+        sequences, last = [shaped(result.spikes, current.shape), result.v_seq], [None, result.v_last]
     if kind.synaptic:
         i_seq, i_last = result.i_seq, result.i_last
         if not call.current_learns():

@@ -317,9 +317,8 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     neuron = _neuron(plan)
     flat = plan.flat
     reshaped = shape != flat
-    if reshaped:
-        input_ = input_.reshape(flat)
-        start = None if start is None else start.reshape(flat)
+    if reshaped and start is not None:
+        start = start.reshape(flat)
     if deferred:
         if fresh:
             input_.hub = input_.hub.verified()
@@ -332,8 +331,7 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     )
     spikes, after = result.spikes, result.mem_last
     if reshaped:
-        spikes = spikes.to_dense() if isinstance(spikes, TensorLike) else spikes
-        spikes, after = torch.ops.aten._unsafe_view(spikes, shape), torch.ops.aten._unsafe_view(after, shape)
+        after = torch.ops.aten._unsafe_view(after, shape)
     count(state, result, 1, flat[0] * flat[1], plan.b_th, plan.why_dense, dtype.itemsize, asked_dense=go_dense)
     state.last_mem = weakref.ref(after)
     if "mem" in buffers:

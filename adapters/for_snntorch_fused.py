@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_backend import policy, surrogate
+from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent, WeightCache, unusual
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute import run_leaky
@@ -54,6 +55,8 @@ def _record_first(
 ) -> list[Placeholder] | None:
     """The same for a call that is not just one more of the last one's kind: it is looked at closely."""
     own, buffers = module.__dict__, module._buffers
+    if type(input_) is DeferredConvolution:
+        input_ = input_.to_dense()
     kind = type(input_)
     if kind is not Placeholder and kind is not DeferredCurrent and (kind is not Tensor or not is_watchable(input_)):
         return None
@@ -145,18 +148,14 @@ def _site(into: Recording, state: LayerState, plan: Any) -> Any:
 
 def _step(state: LayerState, plan: Any, current: Any, start: Any) -> tuple[Any, Tensor]:
     """One call alone, with the settings it was recorded under."""
-    flat, shape = plan.flat, plan.shape
-    reshaped = shape != flat
+    reshaped = plan.shape != plan.flat
     if type(current) is DeferredCurrent and not reshaped:
         if state.weights is None:
             state.weights = WeightCache()
         current.adopt(state.weights)
     if type(current) is not DeferredCurrent or reshaped or not current.is_deferred:
-        current = (current.to_dense() if isinstance(current, TensorLike) else current).reshape(flat)
+        current = current.to_dense() if isinstance(current, TensorLike) else current
     spikes, mem, _ = _run(state, plan, current, 1, start, False)
-    if reshaped:
-        spikes = spikes.to_dense() if isinstance(spikes, TensorLike) else spikes
-        spikes = torch.ops.aten._unsafe_view(spikes, shape)
     return spikes, mem
 
 
@@ -164,15 +163,11 @@ def _sequence(
     state: LayerState, plan: Any, current: Any, starts: list[Any], keep: list[bool]
 ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """All calls of a run: current [T, ...]. Sequences of spikes and membranes, and the last membrane."""
-    steps, flat, shape = current.shape[0], plan.flat, plan.shape
-    reshaped = shape != flat
-    if reshaped or type(current) is not DeferredCurrent or not current.is_deferred:
-        current = (current.to_dense() if isinstance(current, TensorLike) else current).reshape(steps, *flat)
+    steps, shape = current.shape[0], plan.shape
+    if shape != plan.flat or type(current) is not DeferredCurrent or not current.is_deferred:
+        current = current.to_dense() if isinstance(current, TensorLike) else current
     spikes, mem_last, mem_seq = _run(state, plan, current, steps, starts[0], keep[0])
-    if reshaped:
-        spikes = spikes.to_dense() if isinstance(spikes, TensorLike) else spikes
-        spikes = spikes.reshape(steps, *shape)
-        mem_seq = None if mem_seq is None else mem_seq.view(steps, *shape)
+    mem_seq = None if mem_seq is None else mem_seq.view(steps, *shape)
     return (spikes, mem_seq), (None, mem_last)
 
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparse_backend import autocasting, policy
+from sparse_backend import autocasting, convolution, policy
+from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent, WeightCache, defer, is_finite, unusual
 from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike, implements
 from sparse_backend.timefusion import recorder
+from sparse_backend.timefusion.functions import record_convolution
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, use
 from sparse_backend.timefusion.sites import LinearSite
 
@@ -112,31 +114,29 @@ def of_all_steps(current: DeferredCurrent) -> DeferredCurrent | Tensor:
     return current.by_torch()
 
 
-class LinearState:
-    """An enabled Linear's weight as kernels want it, and what its dense inputs were like."""
+class InputState:
+    """What the dense inputs of an enabled layer were like."""
 
-    __slots__ = ("site", "skip", "skip_next", "static", "weights")
+    __slots__ = ("skip", "skip_next", "static")
 
     def __init__(self) -> None:
-        self.weights = WeightCache()
-        self.site: Any = None  #: of the forward that records now
         self.skip, self.skip_next = 0, _SKIP_FIRST  # calls not to be looked at, since inputs were dense
         self.static: tuple[Any, int, EventTensor] | None = None
 
-    def fresh(self, tally: Any = None) -> LinearState:
+    def fresh(self, tally: Any = None) -> Any:
         return type(self)()
 
     @property
     def tally(self) -> None:
         return None
 
-    def __deepcopy__(self, memo: Any) -> LinearState:
+    def __deepcopy__(self, memo: Any) -> Any:
         return type(self)()
 
     def __reduce__(self) -> Any:
         return type(self), ()
 
-    def events_of(self, x: Tensor) -> EventTensor | None:
+    def events_of(self, x: Tensor, row_dims: int = 1) -> EventTensor | None:
         """Events of a dense input, None where it has too many.
 
         After a dense input the next ones are not looked at, more of them each time, so that a dense model does not
@@ -151,7 +151,7 @@ class LinearState:
             if self.skip:
                 self.skip -= 1
                 return None
-        found = EventTensor.if_sparse(x, policy.MAX_INPUT)
+        found = EventTensor.if_sparse(x, policy.MAX_INPUT, row_dims)
         if stateless:
             return found
         if found is None:
@@ -162,6 +162,17 @@ class LinearState:
         kept = not (x.requires_grad or x.is_inference() or torch.is_inference_mode_enabled())
         self.static = (weakref.ref(x), x._version, found) if kept else None
         return found
+
+
+class LinearState(InputState):
+    """An enabled Linear's weight as kernels want it, and what its dense inputs were like."""
+
+    __slots__ = ("site", "weights")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = WeightCache()
+        self.site: Any = None  #: of the forward that records now
 
 
 def linear_forward(module: Any, input: Any) -> Any:
@@ -213,6 +224,50 @@ def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) 
     if isinstance(input, TensorLike):
         input = input.to_dense()
     return torch.nn.functional.linear(input, weight, bias).to(weight.dtype)
+
+
+def convolution_forward(module: Any, input: Any) -> Any:
+    """An enabled `nn.Conv2d`'s forward: torch's own, given events where its dense input has few nonzero entries."""
+    if (
+        type(input) is Tensor
+        and not torch.compiler.is_compiling()
+        and input.dim() == 4
+        and input.dtype in _FLOATS
+        and not input.requires_grad
+        and input.layout is torch.strided
+        and input.numel()
+        and convolution.available(input.device)
+        and not autocasting.is_on()
+        and unusual() is None
+    ):
+        events = module.__dict__[STATE].events_of(input, 3)
+        if events is not None:
+            into = recorder.current()
+            if into is None or module.padding_mode != "zeros":
+                return own_forward(module)(module, events)
+            return _recorded_convolution(into, module, input, events)
+    return own_forward(module)(module, input)
+
+
+def _recorded_convolution(into: Recording, module: Any, input: Tensor, events: EventTensor) -> Any:
+    """The call recorded where its input is a slice of a longer tensor; run now, once, where it is given the same
+    again (a static image)."""
+    weight, bias = module.weight, module.bias
+    if input._base is not None and is_watchable(input):
+        recorded = record_convolution(
+            into, input, weight, bias, module.stride, module.padding, module.dilation, module.groups
+        )
+        if recorded is not None:
+            return recorded
+    before = into.again.get(module)
+    if before is not None:
+        of_weight, of_bias, result = before
+        if of_weight is weight and of_bias is bias and result.is_again(events, weight, bias):
+            return result
+    result = own_forward(module)(module, events)
+    if type(result) is DeferredConvolution:
+        into.again[module] = weight, bias, result
+    return result
 
 
 def batch_norm_forward(module: Any, input: Any) -> Any:
@@ -283,15 +338,6 @@ def record_linear(
     elif kind is Placeholder and not input._dense_only:
         site.input_spec = input.spec
     return site.add((ref,))[0]
-
-
-@implements(torch.flatten, torch.Tensor.flatten)
-def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
-    """`nn.Flatten` where there is nothing to flatten: the same object, as torch has it."""
-    size = x.dim()
-    if type(x) is EventTensor and -size <= start_dim < size and start_dim % size == end_dim % size:
-        return x
-    return NotImplemented
 
 
 _functional = torch.nn.functional

@@ -101,6 +101,8 @@ def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None)
     fits = x.dtype == given.dtype or (weight is not given and x.dtype in NARROW)
     if type(x) is not EventTensor and x.is_floating_point() and not fits:
         raise TypeError(f"x: expected {given.dtype} as weight, got {x.dtype}")
+    if type(x) is EventTensor and x.columns != x.shape[2]:
+        x = x.to_dense()
     events = EventTensor.from_dense(x)
     events = events.to(weight.dtype) if weight.dtype in _FLOATS else _with_float_values(events)
     # how long the list is needs no waiting for the device

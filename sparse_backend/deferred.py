@@ -54,11 +54,16 @@ class WeightHub:
                 self._lowered = autocasting.lowered(self.given, self.narrow)
         return self._lowered
 
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nobody has written to the weight, or it was copied."""
+        return self._versions is None or self._versions == _versions(self.given, self.bias)
+
     def check_unchanged(self) -> None:
-        """Raise RuntimeError if a weight that was not copied has been written to since the linear layer was called."""
-        if self._versions is not None and self._versions != _versions(self.given, self.bias):
+        """Raise RuntimeError if a weight that was not copied has been written to since the layer was called."""
+        if not self.is_unchanged:
             raise RuntimeError(
-                f"a linear layer's output was first looked at after its weight {list(self.given.shape)} was changed "
+                f"a layer's output was first looked at after its weight {list(self.given.shape)} was changed "
                 "in place. Look at it before: .to_dense() computes it"
             )
 
@@ -260,6 +265,8 @@ def defer(
     Raises RuntimeError as torch does where the sizes do not fit. cache: the Linear's own, if it has one.
     """
     if events.dtype != weight.dtype or weight.dtype not in _FLOATS or weight.dim() != 2:
+        return None
+    if events.columns != events.shape[-1]:
         return None
     neurons, inputs = weight.shape
     if events.shape[-1] != inputs:

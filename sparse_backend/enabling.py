@@ -179,6 +179,8 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
         if STATE not in module.__dict__:
             if type(module) is nn.Linear:
                 _override(module, shared.linear_forward, shared.LinearState())
+            elif type(module) is nn.Conv2d:
+                _override(module, shared.convolution_forward, shared.InputState())
             elif type(module) in _BATCH_NORMS:
                 _override(module, shared.batch_norm_forward, shared.NoState())
             elif (adapter := _adapter_of(module)) is not None and type(module) in adapter.CONTAINERS:

@@ -1,7 +1,8 @@
 """EventTensor: spikes and active sets as events instead of dense tensors.
 
 Layout. A tensor of shape [..., N] is R = prod(shape[:-1]) rows of N columns, rows in C order: for a sequence
-[T, B, N] the row of step t and sample b is t * B + b. Its events are the nonzero entries in CSR form:
+[T, B, N] the row of step t and sample b is t * B + b. Of images, [T, B, C, H, W], the last three dimensions make one
+row of C * H * W columns. The events are the nonzero entries in CSR form:
 
 - `row_ptr` int32 [R + 1]: row r holds the entries row_ptr[r] .. row_ptr[r + 1] of `indices`. It need not begin at 0,
   so `x[t]` is a view;
@@ -45,8 +46,10 @@ class EventTensor(TensorLike):
         "_dense_version",
         "_origin",
         "_steps",
+        "_view_of",
         "active_indices",
         "active_ptr",
+        "columns",
         "dtype",
         "handle",
         "indices",
@@ -66,13 +69,16 @@ class EventTensor(TensorLike):
         active_ptr: Tensor | None = None,
         active_indices: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        columns: int | None = None,
         check: bool = True,
     ) -> None:
-        """shape: [..., N]; see the module's docstring for the rest.
+        """shape: [..., N]; columns: entries of a row where it is more than the last dimension; see the module's
+        docstring for the rest.
 
         Raises ValueError if the parts do not fit together; `check=False` skips what costs a pass over the events.
         """
         self.shape = torch.Size(shape)
+        self.columns = columns if columns is not None else self.shape[-1] if self.shape else 0
         self.row_ptr, self.indices, self.values = row_ptr, indices, values
         self.handle, self.active_ptr, self.active_indices = handle, active_ptr, active_indices
         source = values if values is not None else handle
@@ -80,6 +86,7 @@ class EventTensor(TensorLike):
         self._dense: Tensor | None = None
         self._steps: list[EventTensor] | None = None
         self._origin: Any = None  # weak reference to the tensor this is a step of
+        self._view_of: EventTensor | None = None  # whose memory the dense form is
         if check:
             self._check()
             self.row_ptr, self.indices = row_ptr.contiguous(), indices.contiguous()
@@ -88,7 +95,11 @@ class EventTensor(TensorLike):
     def _check(self) -> None:
         if not self.shape:
             raise ValueError("EventTensor: expected a shape [..., N] of at least one dimension, got []")
-        rows, columns = self.shape[:-1].numel(), self.shape[-1]
+        rows, columns = self.rows, self.columns
+        if not _are_rows(self.shape, columns):
+            raise ValueError(
+                f"EventTensor: columns must be the size of the last dimensions of {list(self.shape)}, got {columns}"
+            )
         pairs = [("row_ptr", self.row_ptr, "indices", self.indices)]
         if self.active_ptr is not None and self.active_indices is not None:
             pairs.append(("active_ptr", self.active_ptr, "active_indices", self.active_indices))
@@ -142,11 +153,12 @@ class EventTensor(TensorLike):
     # Building.
 
     @classmethod
-    def from_dense(cls, dense: Tensor) -> EventTensor:
+    def from_dense(cls, dense: Tensor, row_dims: int = 1) -> EventTensor:
         """Events of a dense tensor [..., N] of any float dtype, bool or uint8, in one pass over it.
 
-        A tensor that requires grad keeps receiving its whole gradient: it becomes the handle.
-        Raises ValueError for a tensor without dimensions or a sparse one (see `from_coo`).
+        row_dims: how many of the last dimensions make a row, 3 for images. A tensor that requires grad keeps receiving
+        its whole gradient: it becomes the handle.
+        Raises ValueError for a tensor with fewer dimensions or a sparse one (see `from_coo`).
         """
         if isinstance(dense, TensorLike):
             if type(dense) is EventTensor and dense.is_events:
@@ -156,17 +168,21 @@ class EventTensor(TensorLike):
             return cls.from_coo(dense)
         if dense.dim() == 0:
             raise ValueError("EventTensor.from_dense: expected a tensor [..., N], got one without dimensions")
+        if not 0 < row_dims <= dense.dim():
+            raise ValueError(f"EventTensor.from_dense: row_dims must lie in 1..{dense.dim()}, got {row_dims}")
         if dense.numel() > _INT32_MAX * 8:
             raise ValueError(f"EventTensor.from_dense: expected at most 2**34 entries, got {dense.numel()}")
-        events = cls.if_sparse(dense, 1.0)
+        events = cls.if_sparse(dense, 1.0, row_dims)
         assert events is not None
         return events
 
     @classmethod
-    def if_sparse(cls, dense: Tensor, max_density: float) -> EventTensor | None:
+    def if_sparse(cls, dense: Tensor, max_density: float, row_dims: int = 1) -> EventTensor | None:
         """Events of a strided tensor [..., N], None where more than `max_density` of its entries are events."""
         _native.load()
         plain = dense.detach()
+        if row_dims > 1:
+            plain = plain.flatten(-row_dims)
         if plain.dtype not in _OF_KERNELS and not (plain.is_cuda and plain.dtype in _FLOATS):
             # half precision, which float32 holds, or whole numbers
             plain = plain.to(torch.float32 if plain.is_floating_point() else torch.get_default_dtype())
@@ -181,6 +197,7 @@ class EventTensor(TensorLike):
             values.to(dtype) if values.numel() else None,
             handle=dense if dense.requires_grad else None,
             dtype=dtype,
+            columns=plain.shape[-1],
             check=False,
         )
 
@@ -255,18 +272,22 @@ class EventTensor(TensorLike):
 
     @classmethod
     def collate(cls, samples: Sequence[Any]) -> EventTensor:
-        """Samples [T, N] of one shape -> a batch [T, B, N]; also `sparse_backend.collate` for a DataLoader."""
+        """Samples [T, ...] of one shape, a row per step -> a batch [T, B, ...]; also `sparse_backend.collate` for a
+        DataLoader."""
         if not samples:
             raise ValueError("EventTensor.collate: expected at least one sample, got none")
-        tensors = [cls.from_dense(sample) for sample in samples]
+        tensors = [
+            sample if type(sample) is EventTensor else cls.from_dense(sample, max(sample.dim() - 1, 1))
+            for sample in samples
+        ]
         shape = tensors[0].shape
         for position, sample in enumerate(tensors):
-            if sample.shape != shape or len(shape) != 2:
+            if sample.shape != shape or len(shape) < 2 or sample.rows != shape[0]:
                 raise ValueError(
                     f"EventTensor.collate: samples must have one shape [T, N], got {list(shape)} and "
                     f"{list(sample.shape)} at position {position}"
                 )
-        steps, columns = shape
+        steps, columns = shape[0], shape[1:].numel()
         batch = len(tensors)
         rows, cols, values = [], [], []
         for b, sample in enumerate(tensors):
@@ -279,15 +300,26 @@ class EventTensor(TensorLike):
         row = torch.cat(rows)
         order = torch.sort(row, stable=True).indices
         weights = None if all(s.values is None for s in tensors) else torch.cat(values)[order]
-        return cls._from_sorted(
+        flat = cls._from_sorted(
             torch.Size((steps, batch, columns)), row[order], torch.cat(cols)[order], weights, tensors[0].dtype
         )
+        return flat.reshaped(torch.Size((steps, batch, *shape[1:])))
 
     # Reading.
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return self.indices.device
+
+    @property
+    def rows(self) -> int:
+        """R: how many rows there are."""
+        return self.shape.numel() // self.columns if self.columns else self.shape[:-1].numel()
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether `x[t]` is some of the rows, and not a part of each."""
+        return len(self.shape) > 2 and _are_rows(self.shape[1:], self.columns)
 
     @property
     def learns(self) -> bool:  # type: ignore[override]
@@ -313,7 +345,7 @@ class EventTensor(TensorLike):
         dense = self._dense
         if dense is not None and not self._dense_only and not dense.is_inference():
             self._dense_only = dense._version != self._dense_version  # written through a view of it
-        return not self._dense_only
+        return not self._dense_only and (self._view_of is None or self._view_of.is_events)
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         """The dense tensor [..., N]; made once, differentiable where the handle is, whoever asks first."""
@@ -325,6 +357,8 @@ class EventTensor(TensorLike):
         return self._dense
 
     def _make_dense(self) -> Tensor:
+        if self._view_of is not None:
+            return self._view_of.to_dense().view(self.shape)
         if self.handle is not None and self.active_ptr is None:
             return self.handle
         _native.load()
@@ -333,7 +367,7 @@ class EventTensor(TensorLike):
         if like.dtype not in _OF_KERNELS:
             like, values = like.float(), None if values is None else values.float()
         parts = (self.row_ptr, self.indices, values, self.active_ptr, self.active_indices)
-        flat = call_events_to_dense(like, *parts, self.shape[-1]).to(self.dtype)
+        flat = call_events_to_dense(like, *parts, self.columns).to(self.dtype)
         # Not a view: users detach_() spikes as they do any tensor.
         return flat if flat.shape == self.shape else torch.ops.aten._unsafe_view(flat, self.shape)
 
@@ -381,8 +415,27 @@ class EventTensor(TensorLike):
             active_ptr=active_ptr,
             active_indices=active_indices,
             dtype=steps[0].dtype,
+            columns=steps[0].columns,
             check=False,
         )
+
+    def reshaped(self, shape: torch.Size) -> EventTensor:
+        """The same rows under another shape, as a tensor of its own; `as_view` shares its dense form with this one."""
+        result = self._map(lambda part: part)
+        result.shape = shape
+        if result.handle is not None and result.active_ptr is None:
+            result.handle = result.handle.view(shape)
+        return result
+
+    def as_view(self, shape: torch.Size) -> EventTensor | None:
+        """`x.view(shape)`, this one where that is its shape; None where rows would be cut."""
+        if shape == self.shape:
+            return self
+        if not _are_rows(shape, self.columns) or not self.is_events:
+            return None
+        view = self.reshaped(shape)
+        view._view_of = self
+        return view
 
     def _weights(self) -> Tensor:
         """What each event counts: [nnz]."""
@@ -393,7 +446,7 @@ class EventTensor(TensorLike):
 
     def _split(self) -> list[EventTensor]:
         size, shape = self.shape[0], self.shape[1:]
-        rows = shape[:-1].numel()
+        rows = self.rows // size if size else shape[:-1].numel()
         handles: Sequence[Tensor | None] = [None] * size
         actives = [(None, None)] * size
         if self.handle is not None and self.active_ptr is None:
@@ -417,13 +470,14 @@ class EventTensor(TensorLike):
                 active_ptr=actives[t][0],
                 active_indices=actives[t][1],
                 dtype=self.dtype,
+                columns=self.columns,
                 check=False,
             )
             for t in range(size)
         ]
 
     def __getitem__(self, key: Any) -> Any:
-        if type(key) is int and len(self.shape) > 2 and self.is_events:
+        if type(key) is int and self.has_steps and self.is_events:
             return self.step(key)
         return self.to_dense()[key]
 
@@ -444,6 +498,7 @@ class EventTensor(TensorLike):
             active_ptr=active_ptr,
             active_indices=active_indices,
             dtype=self.dtype,
+            columns=self.columns,
             check=False,
         )
 
@@ -492,12 +547,14 @@ class EventTensor(TensorLike):
 
     def without_handle(self) -> EventTensor:
         """The same events, which nothing learns from."""
-        return EventTensor(self.shape, self.row_ptr, self.indices, self.values, dtype=self.dtype, check=False)
+        return EventTensor(
+            self.shape, self.row_ptr, self.indices, self.values, dtype=self.dtype, columns=self.columns, check=False
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not self.is_events:
             return self.to_dense().__reduce_ex__(protocol)
-        parts = (self.shape, self.row_ptr, self.indices, self.values, self.dtype)
+        parts = (self.shape, self.row_ptr, self.indices, self.values, self.dtype, self.columns)
         return _rebuild, parts
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -515,6 +572,16 @@ class EventTensor(TensorLike):
         )
 
 
+def _are_rows(shape: Sequence[int], columns: int) -> bool:
+    """Whether a tensor of this shape is rows of so many columns, each made of whole dimensions."""
+    size = 1
+    for dim in reversed(shape):
+        size *= dim
+        if size == columns:
+            return True
+    return False
+
+
 def _join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """CSR structures of as many columns, row pointers and indices, one below the other."""
     pointers, indices, offset = [parts[0][0][:1] * 0], [], 0
@@ -527,9 +594,14 @@ def _join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _rebuild(
-    shape: torch.Size, row_ptr: Tensor, indices: Tensor, values: Tensor | None, dtype: torch.dtype
+    shape: torch.Size,
+    row_ptr: Tensor,
+    indices: Tensor,
+    values: Tensor | None,
+    dtype: torch.dtype,
+    columns: int | None = None,
 ) -> EventTensor:
-    return EventTensor(shape, row_ptr, indices, values, dtype=dtype, check=False)
+    return EventTensor(shape, row_ptr, indices, values, dtype=dtype, columns=columns, check=False)
 
 
 copyreg.pickle(EventTensor, lambda events: events.__reduce_ex__(2))
@@ -537,7 +609,7 @@ torch.serialization.add_safe_globals([_rebuild])
 
 
 def collate(batch: Sequence[Any]) -> Any:
-    """`collate_fn` of a DataLoader whose samples are EventTensors [T, N], alone or in tuples, lists or dicts with
+    """`collate_fn` of a DataLoader whose samples are EventTensors [T, ...], alone or in tuples, lists or dicts with
     anything else: events become one EventTensor [T, B, N], everything else goes through torch's default."""
     from torch.utils.data import default_collate
 
@@ -559,9 +631,9 @@ def _sum(input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None
         return NotImplemented
     dim = axis if dim is None else dim
     dtype = input.dtype if dtype is None else dtype
-    if dim not in (0, (0,), [0]) or keepdim or dtype not in _FLOATS or more or len(input.shape) < 2:
+    if dim not in (0, (0,), [0]) or keepdim or dtype not in _FLOATS or more:
         return NotImplemented
-    if not input.numel():
+    if not input.numel() or not _are_rows(input.shape[1:], input.columns):
         return NotImplemented
     _native.load()
     like = input.handle if input.handle is not None else input.row_ptr.new_empty(0, dtype=input.dtype)
@@ -569,7 +641,7 @@ def _sum(input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None
     of_sum = dtype if dtype in _OF_KERNELS else torch.float32
     like, values = like.to(of_sum), None if values is None else values.to(of_sum)
     parts = (input.row_ptr, input.indices, values, input.active_ptr, input.active_indices)
-    flat = call_events_sum(like, *parts, input.shape[-1], input.shape[0])
+    flat = call_events_sum(like, *parts, input.columns, input.shape[0])
     return flat.view(input.shape[1:]).to(dtype)
 
 

@@ -68,7 +68,7 @@ def _run_sparse(
     max_active: float,
 ) -> Result | None:
     beta, threshold, reset, reset_delay, graded = neuron
-    steps, batch, _ = shape
+    steps, batch, neurons = shape
     recording = torch.is_grad_enabled()
     beta_learns = recording and beta.requires_grad
     threshold_learns = recording and threshold.requires_grad
@@ -129,6 +129,7 @@ def _run_sparse(
         active_ptr=out.active_ptr,
         active_indices=out.active_indices,
         dtype=dtype,
+        columns=neurons,
         check=False,
     )
     kept = 0

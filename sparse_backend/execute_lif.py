@@ -180,6 +180,7 @@ def _run_sparse(
         active_ptr=out.active_ptr,
         active_indices=out.active_indices,
         dtype=None if learns else surrogate.spike_dtype(spike_grad, out.x),
+        columns=arguments.shape[2],
         check=False,
     )
     kept = 0

@@ -24,6 +24,7 @@ MAX_INPUT = 0.25
 
 #: bytes of input and output that convolutions and pooling are given at once: more steps than that leave the cache
 CHUNK_BYTES = 4 << 20
+EVENT_CHUNKS = 8
 
 WEIGHT_RULES = {
     "by counts": linear_leaky.BY_COUNTS,

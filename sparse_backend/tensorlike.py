@@ -9,6 +9,7 @@ than a plain object (a wrapper subclass costs ten), and a plain object that clai
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -101,6 +102,10 @@ class TensorLike(Tensor):
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         raise NotImplementedError
+
+    def as_view(self, shape: torch.Size) -> TensorLike | None:
+        """`x.view(shape)` as a stand-in too, or this one; None where that takes the dense form."""
+        return None
 
     def dense_from_now_on(self) -> Tensor:
         """The dense form, after which the sparse one is never used again: someone may write to it or watch it."""
@@ -211,6 +216,34 @@ class TensorLike(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls from C++ that `__torch_function__` never saw, below autograd."""
         return func(*dense(args), **dense(kwargs or {}))
+
+
+@implements(Tensor.view, Tensor.reshape, torch.reshape)
+def _reshape(x: Any, *shape: Any, **more: Any) -> Any:
+    """The same numbers in another shape, where the sparse form has it too."""
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    if more or not isinstance(x, TensorLike) or not all(type(size) is int for size in sizes):
+        return NotImplemented
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and known:
+        sizes = [x.numel() // known if size == -1 else size for size in sizes]
+    if min(sizes, default=0) < 0 or math.prod(sizes) != x.numel():
+        return NotImplemented
+    view = x.as_view(torch.Size(sizes))
+    return NotImplemented if view is None else view
+
+
+@implements(torch.flatten, Tensor.flatten)
+def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    """`nn.Flatten`; of nothing to flatten the same object, as torch has it."""
+    dims = len(x.shape)
+    if not (isinstance(x, TensorLike) and -dims <= start_dim < dims and -dims <= end_dim < dims):
+        return NotImplemented
+    first, last = start_dim % dims, end_dim % dims
+    if first > last:
+        return NotImplemented
+    view = x.as_view(torch.Size((*x.shape[:first], x.shape[first : last + 1].numel(), *x.shape[last + 1 :])))
+    return NotImplemented if view is None else view
 
 
 # A custom autograd function takes its arguments in C++, and asks nobody.

@@ -330,7 +330,9 @@ def test_collate_refuses():
     with pytest.raises(ValueError, match=r"one shape \[T, N\], got \[4, 6\] and \[4, 5\] at position 1"):
         EventTensor.collate([torch.zeros(4, 6), torch.zeros(4, 5)])
     with pytest.raises(ValueError, match=r"one shape \[T, N\]"):
-        EventTensor.collate([torch.zeros(2, 4, 6)])
+        EventTensor.collate([EventTensor.from_dense(torch.zeros(2, 4, 6))])
+    with pytest.raises(ValueError, match=r"one shape \[T, N\]"):
+        EventTensor.collate([torch.zeros(4)])
 
 
 def test_collate_of_structures():

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "a fused dense loop beside them, each kernel, and --crossover (default: %(default)s)")  # fmt: skip
     add("--case", action="append", metavar="NAME", help="only this case; may be given several times; see --list "
         "(default: all of the frameworks that are installed)")  # fmt: skip
-    add("--crossover", action="store_true", help="only the cases that go from 0.1 % to 100 % of activity, against a "
+    add("--crossover", action="store_true", help="only the cases that go from 0.1 %% to 100 %% of activity, against a "
         "fused dense loop")  # fmt: skip
     add("--list", action="store_true", help="the cases, and no measuring")
     add("--data", type=Path, metavar="DIR", help="folder with the idx files of Fashion-MNIST, for the cases that are "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_backend import autocasting, policy
+from sparse_backend import autocasting, convolution, policy
 from sparse_backend.tensorlike import TensorLike, dense
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, paused, take
@@ -62,6 +62,9 @@ _SAMPLEWISE = {
 
 #: those of them whose cost is memory: no more steps at once than stay in cache
 _IN_CHUNKS = {function for function, dims in _SAMPLEWISE.items() if dims}
+
+#: those that stand-ins answer with stand-ins: sequences of events stay events, convolutions of them make no image
+_OF_EVENTS = {F.conv2d, F.max_pool2d, torch.max_pool2d, F.avg_pool2d, *_RESHAPES}
 
 _TRANSPOSES: set[Any] = {Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
 
@@ -168,6 +171,13 @@ def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         result = _batch_norm(into, *args, **kwargs)
         return NotImplemented if result is None else result
     return NotImplemented
+
+
+def record_convolution(
+    into: Recording, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
+) -> Placeholder | None:
+    """Record `conv2d` of a step of the caller's own."""
+    return _record(into, F.conv2d, (input, weight, bias, *options), {})
 
 
 def _cast(into: Recording, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -393,20 +403,25 @@ def _record(
         if known is None:
             return None
         shape, dtype = known
-        first = next(t for t in tensors if type(t) is Placeholder)
+        first = next((t for t in tensors if type(t) is Placeholder), tensors[0])
 
         def call(*values: Any) -> Any:
+            if function is F.conv2d:
+                values = (convolution.as_events(values[0]), *values[1:])
             return _apply(function, frame, names, values, fixed)
 
         folded = None if writes else _folded(function, call, first.shape, known, samplewise)
-        into.sites[key] = site = FunctionSite(into, call, folded, [t for t in fixed if not _is_one_of(t, writes)])
+        reads = [t for t in fixed if not _is_one_of(t, writes)]
+        into.sites[key] = site = FunctionSite(into, call, folded, reads, of_events=function in _OF_EVENTS)
         learns = torch.is_grad_enabled() and any(t.requires_grad if type(t) is not Placeholder else t.learns
                                                  for t in (*tensors, *fixed))  # fmt: skip
         learns = learns and dtype.is_floating_point and function not in _WITHOUT_GRADIENT
         site.outputs(first.device, (shape, dtype, learns))
         if function in _IN_CHUNKS and folded is not None:
             size = dtype.itemsize * (first.shape.numel() + shape.numel())
-            site.most, site.pulled = max(1, policy.CHUNK_BYTES // size), False
+            if function in _OF_EVENTS and convolution.available(first.device):
+                size /= policy.EVENT_CHUNKS
+            site.most, site.pulled = max(1, int(policy.CHUNK_BYTES // size)), False
     elif not site.queue:
         site.read_again()
     if writes:

@@ -75,7 +75,7 @@ class Run:
         steps = self._steps[slot]
         if steps is None:
             sequence = self.sequence(slot)
-            if type(sequence) is EventTensor and sequence.is_events and len(sequence.shape) > 2:
+            if type(sequence) is EventTensor and sequence.is_events and sequence.has_steps:
                 steps = [sequence.step(t) for t in range(self.length)]
             else:
                 with torch.set_grad_enabled(self._mode):  # whoever asks first
@@ -315,6 +315,7 @@ class Recording:
         self.longest = 0  #: steps of the longest run so far
         self.holders: list[Any] = []  #: states of layers that know their last call's site
         self.put_back: dict[Any, Callable[[], None]] = {}  #: module that holds its own state -> gives it values
+        self.again: dict[Any, tuple[Any, ...]] = {}  #: module -> what its last call was given, and gave
         self.forced = 0  #: how often numbers were needed before the forward ended
         self.forced_by: str | None = None  #: the user's line that first needed one
 
@@ -330,6 +331,7 @@ class Recording:
         self.holders.clear()
         self.sites.clear()
         self.put_back.clear()
+        self.again.clear()
 
     def accepts(self) -> bool:
         """Whether a call made now may be recorded: torch is in the state that recorded calls will run under. Inside

@@ -135,19 +135,21 @@ class FunctionSite(Site):
         function: Callable[..., Any],
         folded: Callable[..., Tensor | None] | None,
         reads: Sequence[Tensor] = (),
+        *,
+        of_events: bool = False,
     ) -> None:
         """folded: the same of sequences [T, ...], given which of its tensors are one for all steps; None where the
-        steps must run one by one, in their order."""
+        steps must run one by one, in their order. of_events: whether it has a sparse form of its own."""
         super().__init__(recording, reads)
-        self.function, self.folded = function, folded
+        self.function, self.folded, self.of_events = function, folded, of_events
 
     def execute(self, nodes: list[Node]) -> None:
         if self.folded is not None and len(nodes) > 1:
             columns = list(zip(*(node.inputs for node in nodes), strict=True))
             constant = [same_at_every_step(refs) for refs in columns]
-            tensors = [
-                dense(value(refs[0]) if same else collect(refs)) for refs, same in zip(columns, constant, strict=True)
-            ]
+            tensors = [value(refs[0]) if same else collect(refs) for refs, same in zip(columns, constant, strict=True)]
+            if not self.of_events:
+                tensors = [dense(tensor) for tensor in tensors]
             if all(constant):
                 share(nodes, Constant(self.function(*tensors)))
                 return

@@ -1,0 +1,234 @@
+"""A convolution of events that nobody has looked at yet.
+
+A convolution fed with events hands one back, and so does pooling of it: both run as one op when the current is wanted,
+so that the image before pooling is never made. Anything but pooling and a change of shape makes it a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_backend import _native, autocasting, policy
+from sparse_backend.deferred import WeightHub, is_finite, unusual
+from sparse_backend.events import EventTensor
+from sparse_backend.ops.event_conv import AVERAGE_POOL, MAX_POOL, NO_POOL, Geometry, call_event_conv
+from sparse_backend.tensorlike import TensorLike, implements, outside_saved_tensor_hooks
+
+_FLOATS = (torch.float32, torch.float64)
+_MOST_OF_WINDOW = 256  #: the place of a maximum in its window is kept in one byte
+
+
+class DeferredConvolution(TensorLike):
+    """events [..., C, H, W], weight [O, C, kh, kw], bias [O] -> current [..., O, H', W'], when somebody asks."""
+
+    __slots__ = ("_dense", "_learns", "_pooled", "_version", "_view_of", "dtype", "events", "geometry", "hub", "shape")
+
+    def __init__(self, events: EventTensor, hub: WeightHub, geometry: Geometry, lead: Sequence[int]) -> None:
+        """lead: the dimensions before the image's, as many rows as the events have."""
+        self.events, self.hub, self.geometry = events, hub, geometry
+        weight = hub.given
+        self.shape = torch.Size((*lead, weight.shape[0], *geometry.of_output(weight)))
+        self.dtype = weight.dtype
+        self._dense: Tensor | None = None
+        self._view_of: DeferredConvolution | None = None
+        self._pooled: DeferredConvolution | None = None
+        self._learns = torch.is_grad_enabled()
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.hub.given.device
+
+    @property
+    def learns(self) -> bool:  # type: ignore[override]
+        hub = self.hub
+        learns = hub.given.requires_grad or (hub.bias is not None and hub.bias.requires_grad) or self.events.learns
+        return self._learns and learns
+
+    def to_dense(self, *_: Any, **__: Any) -> Tensor:
+        if self._dense is None:
+            if self._view_of is not None:
+                self._dense = self._view_of.to_dense().view(self.shape)
+                self._version = _version(self._dense)
+                return self._dense
+            events, hub = self.events, self.hub
+            hub.check_unchanged()
+            with torch.set_grad_enabled(self._learns), outside_saved_tensor_hooks():
+                flat, _ = call_event_conv(
+                    events.row_ptr, events.indices, events.values, events.handle, events.active_ptr,
+                    events.active_indices, hub.weight, hub.bias, *self.geometry, self.learns,
+                )  # fmt: skip
+            # Not a view: users detach_() currents as they do any tensor.
+            self._dense = torch.ops.aten._unsafe_view(flat, self.shape)
+            self._version = _version(self._dense)
+        return self._dense
+
+    @property
+    def is_as_made(self) -> bool:
+        """Whether nobody can have written to what it stands for."""
+        return not self._dense_only and (self._dense is None or _version(self._dense) == self._version)
+
+    def is_again(self, events: EventTensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether these events and the parameters it was made of would give the same again."""
+        hub, learns = self.hub, torch.is_grad_enabled()
+        return (
+            self.events is events
+            and self._learns is learns
+            and hub.given.requires_grad is (learns and weight.requires_grad)
+            and (hub.bias is None or bias is None or hub.bias.requires_grad is (learns and bias.requires_grad))
+            and self.is_as_made
+            and hub.is_unchanged
+        )
+
+    def pooled(self, pool: int, kernel: tuple[int, int]) -> DeferredConvolution | None:
+        """Windows side by side of this; None where that is not one more step of the op."""
+        geometry, (height, width) = self.geometry, self.shape[-2:]
+        if geometry.pool != NO_POOL or self._dense is not None or self._view_is_dense():
+            return None
+        again = self._pooled
+        if again is not None and again.is_as_made and again.geometry[-3:] == (pool, *kernel):
+            return again
+        if not (0 < kernel[0] <= height and 0 < kernel[1] <= width and kernel[0] * kernel[1] <= _MOST_OF_WINDOW):
+            return None
+        geometry = geometry._replace(pool=pool, pool_h=kernel[0], pool_w=kernel[1])
+        with torch.set_grad_enabled(self._learns):
+            self._pooled = DeferredConvolution(self.events, self.hub, geometry, self.shape[:-3])
+        return self._pooled
+
+    def _view_is_dense(self) -> bool:
+        return self._view_of is not None and self._view_of._dense is not None
+
+    def as_view(self, shape: torch.Size) -> DeferredConvolution | None:
+        """The same images under other leading dimensions."""
+        if shape[-3:] != self.shape[-3:] or self._dense_only:
+            return None
+        view = DeferredConvolution(self.events, self.hub, self.geometry, shape[:-3])
+        view._learns, view._view_of = self._learns, self
+        return view
+
+    def __repr__(self) -> str:
+        return f"DeferredConvolution(shape={list(self.shape)}, from={self.events!r})"
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def available(device: torch.device) -> bool:
+    """Whether convolutions of events run faster than torch's: kernels for them are there."""
+    return device.type == "cpu" and _native.load()
+
+
+def convolve(
+    events: EventTensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> DeferredConvolution | None:
+    """The convolution of images that are events; None where torch's own has to run."""
+    if weight.dim() != 4 or events.shape[-3] != weight.shape[1] or events.columns != events.shape[-3:].numel():
+        return None
+    if events.dtype != weight.dtype or weight.dtype not in _FLOATS or not events.numel() or not weight.numel():
+        return None
+    if bias is not None and (bias.dtype != weight.dtype or bias.shape != weight.shape[:1]):
+        return None
+    if events.learns and events.active_ptr is None:  # every entry has a gradient
+        return None
+    if events.device != weight.device or not available(weight.device) or events.density > policy.MAX_INPUT:
+        return None
+    height, width = events.shape[-2:]
+    geometry = Geometry(height, width, *stride, *padding, *dilation)
+    if min(*stride, *dilation) < 1 or min(padding) < 0 or min(geometry.of_convolution(weight)) < 1:
+        return None
+    if not is_finite(weight):
+        return None
+    if torch.is_grad_enabled():  # whatever requires grad when the current is wanted
+        weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
+    else:
+        events = events.without_handle() if events.learns else events
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    return DeferredConvolution(events, WeightHub(weight, bias, None, 0), geometry, events.shape[:-3])
+
+
+def as_events(images: Any) -> Any:
+    """Images [R, C, H, W] as events where few of their entries are nonzero and none has a gradient."""
+    if type(images) is not Tensor or images.dim() != 4 or images.requires_grad or images.dtype not in _FLOATS:
+        return images
+    if not images.numel() or images.layout is not torch.strided or not available(images.device):
+        return images
+    events = EventTensor.if_sparse(images, policy.MAX_INPUT, 3)
+    return images if events is None else events
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    if type(value) is int:
+        return value, value
+    if isinstance(value, (tuple, list)) and len(value) in (1, 2) and all(type(part) is int for part in value):
+        return value[0], value[-1]
+    return None
+
+
+@implements(torch.conv2d)
+def _conv2d(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
+) -> Any:
+    """`conv2d` of spikes of ours, wherever it is called from."""
+    if type(input) is not EventTensor or not input.is_events or len(input.shape) != 4 or groups != 1:
+        return NotImplemented
+    if not isinstance(weight, Tensor) or isinstance(weight, TensorLike) or isinstance(bias, TensorLike):
+        return NotImplemented
+    if torch.compiler.is_compiling() or autocasting.is_on() or unusual() is not None:
+        return NotImplemented
+    padding = 0 if padding == "valid" else padding
+    pairs = tuple(map(_pair, (stride, padding, dilation)))
+    if None in pairs:
+        return NotImplemented
+    current = convolve(input, weight, bias, *pairs)  # type: ignore[arg-type]
+    return NotImplemented if current is None else current
+
+
+@implements(torch.max_pool2d, F.max_pool2d)
+def _max_pool2d(
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    if _pair(dilation) != (1, 1) or return_indices:
+        return NotImplemented
+    return _pool(input, MAX_POOL, kernel_size, stride, padding, ceil_mode)
+
+
+@implements(F.avg_pool2d)
+def _avg_pool2d(
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Any:
+    if divisor_override is not None:
+        return NotImplemented
+    return _pool(input, AVERAGE_POOL, kernel_size, stride, padding, ceil_mode)
+
+
+def _pool(input: Any, pool: int, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool) -> Any:
+    """Pooling of a convolution of events whose windows lie side by side."""
+    kernel = _pair(kernel_size)
+    if type(input) is not DeferredConvolution or kernel is None or ceil_mode or _pair(padding) != (0, 0):
+        return NotImplemented
+    if stride is not None and stride != [] and _pair(stride) != kernel:
+        return NotImplemented
+    result = input.pooled(pool, kernel)
+    return NotImplemented if result is None else result
