@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from sparse_backend import enabling
+from sparse_backend.convolution import DeferredConvolution, as_events
 from sparse_backend.deferred import unusual
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike
@@ -20,6 +21,10 @@ from .shared import own_forward
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [vars(torch_module)[f"_global{name}"] for name in _HOOKS]
+
+
+#: what has a sparse form for images that are events, sample by sample
+_OF_IMAGES = {nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten}
 
 
 class Steps:
@@ -66,6 +71,8 @@ def _at_once(module: Any, inner: Any, sequence: Any, state: Any) -> Any:
         return None
     if type(inner) is nn.Linear:
         return inner(sequence)
+    if type(inner) in _OF_IMAGES:
+        return _of_images(inner, sequence)
     kind = KINDS.get(type(inner))
     layer = enabling.state_of(inner)
     if kind is None or kind.in_time or layer is None or not module.is_stateful:
@@ -74,3 +81,20 @@ def _at_once(module: Any, inner: Any, sequence: Any, state: Any) -> Any:
         return None
     call = prepare(inner, layer, kind, sequence, state, True)
     return None if isinstance(call, str) else call.run(layer)
+
+
+def _of_images(inner: Any, sequence: Any) -> Any:
+    """A module over all steps of images [T, B, C, H, W] that are events; None where they are not, since a dense
+    convolution of all steps at once leaves the cache."""
+    if len(sequence.shape) != 5 or not sequence.numel():
+        return None
+    lead = sequence.shape[:2]
+    samples = sequence.reshape(lead.numel(), *sequence.shape[2:])
+    if type(inner) is nn.Conv2d:
+        samples = as_events(samples)
+    if type(samples) is not EventTensor and type(samples) is not DeferredConvolution:
+        return None
+    if type(inner) is nn.Flatten and inner.start_dim < 1:
+        return None
+    result = inner(samples)
+    return result.reshape(*lead, *result.shape[1:])

@@ -17,6 +17,7 @@ from sparse_backend import _native, autocasting, policy
 from sparse_backend.deferred import WeightHub, is_finite, unusual
 from sparse_backend.events import EventTensor
 from sparse_backend.ops.event_conv import AVERAGE_POOL, MAX_POOL, NO_POOL, Geometry, call_event_conv
+from sparse_backend.ops.events_pool import events_pool
 from sparse_backend.tensorlike import TensorLike, implements, outside_saved_tensor_hooks
 
 _FLOATS = (torch.float32, torch.float64)
@@ -156,6 +157,42 @@ def convolve(
     return DeferredConvolution(events, WeightHub(weight, bias, None, 0), geometry, events.shape[:-3])
 
 
+def pool(spikes: EventTensor, average: bool, kernel: tuple[int, int]) -> EventTensor | None:
+    """Windows side by side of images whose spikes are events; None where torch's own pooling has to run.
+
+    The gradient of a maximum reaches the first of equals, as torch has it: of spikes the first, of none the corner.
+    """
+    if spikes.values is not None or spikes.columns != spikes.shape[-3:].numel() or spikes.dtype not in _FLOATS:
+        return None
+    if (spikes.learns and spikes.active_ptr is None) or not spikes.numel() or not available(spikes.device):
+        return None
+    channels, height, width = spikes.shape[-3:]
+    if not (0 < kernel[0] <= height and 0 < kernel[1] <= width):
+        return None
+    handle = spikes.handle if torch.is_grad_enabled() and spikes.learns else None
+    active = (None, None) if handle is None else (spikes.active_ptr, spikes.active_indices)
+    row_ptr, indices, counts, active_ptr, active_indices, slot = events_pool(
+        spikes.row_ptr, spikes.indices, *active, channels, height, width, *kernel, average
+    )
+    share = 1 / (kernel[0] * kernel[1])
+    if handle is not None:
+        size = active_indices.shape[0]
+        handle = handle.new_zeros(size + 1).index_add(0, slot, handle, alpha=share if average else 1)[:size]
+    pooled = torch.Size((channels, height // kernel[0], width // kernel[1]))
+    return EventTensor(
+        (*spikes.shape[:-3], *pooled),
+        row_ptr,
+        indices,
+        counts.to(spikes.dtype) * share if average else None,
+        handle=handle,
+        active_ptr=None if handle is None else active_ptr,
+        active_indices=None if handle is None else active_indices,
+        dtype=spikes.dtype,
+        columns=pooled.numel(),
+        check=False,
+    )
+
+
 def as_events(images: Any) -> Any:
     """Images [R, C, H, W] as events where few of their entries are nonzero and none has a gradient."""
     if type(images) is not Tensor or images.dim() != 4 or images.requires_grad or images.dtype not in _FLOATS:
@@ -174,6 +211,11 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return None
 
 
+def _is_usual() -> bool:
+    """Whether ops of ours may stand in for torch's in the running call."""
+    return not (torch.compiler.is_compiling() or autocasting.is_on() or unusual() is not None)
+
+
 @implements(torch.conv2d)
 def _conv2d(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
@@ -183,7 +225,7 @@ def _conv2d(
         return NotImplemented
     if not isinstance(weight, Tensor) or isinstance(weight, TensorLike) or isinstance(bias, TensorLike):
         return NotImplemented
-    if torch.compiler.is_compiling() or autocasting.is_on() or unusual() is not None:
+    if not _is_usual():
         return NotImplemented
     padding = 0 if padding == "valid" else padding
     pairs = tuple(map(_pair, (stride, padding, dilation)))
@@ -223,12 +265,16 @@ def _avg_pool2d(
     return _pool(input, AVERAGE_POOL, kernel_size, stride, padding, ceil_mode)
 
 
-def _pool(input: Any, pool: int, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool) -> Any:
-    """Pooling of a convolution of events whose windows lie side by side."""
+def _pool(input: Any, kind: int, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool) -> Any:
+    """Pooling of spikes, or of a convolution of them, whose windows lie side by side."""
     kernel = _pair(kernel_size)
-    if type(input) is not DeferredConvolution or kernel is None or ceil_mode or _pair(padding) != (0, 0):
+    if kernel is None or ceil_mode or _pair(padding) != (0, 0):
         return NotImplemented
     if stride is not None and stride != [] and _pair(stride) != kernel:
         return NotImplemented
-    result = input.pooled(pool, kernel)
+    result = None
+    if type(input) is DeferredConvolution:
+        result = input.pooled(kind, kernel)
+    elif type(input) is EventTensor and input.is_events and len(input.shape) == 4 and _is_usual():
+        result = pool(input, kind == AVERAGE_POOL, kernel)
     return NotImplemented if result is None else result

@@ -28,8 +28,8 @@ ConvShape shape_of(const Tensor& weight, int64_t height, int64_t width, int64_t 
     s.out_width = (width + 2 * padding_w - dilation_w * (s.kernel_w - 1) - 1) / stride_w + 1;
     s.pool = static_cast<int>(pool), s.pool_h = pool_h, s.pool_w = pool_w;
     s.pooled_h = s.out_height / pool_h, s.pooled_w = s.out_width / pool_w;
-    STD_TORCH_CHECK(s.pooled_h > 0 && s.pooled_w > 0, "event_conv: expected an input larger than kernel and window, got [",
-                    height, ", ", width, "]");
+    STD_TORCH_CHECK(s.pooled_h > 0 && s.pooled_w > 0,
+                    "event_conv: expected an input larger than kernel and window, got [", height, ", ", width, "]");
     return s;
 }
 
@@ -44,11 +44,12 @@ std::tuple<Tensor, Tensor> event_conv(const Tensor& row_ptr, const Tensor& indic
                                       int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
                                       int64_t pool, int64_t pool_h, int64_t pool_w, bool keep) {
     const Tensor weight = torch::stable::contiguous(given_weight);
-    const ConvShape s = shape_of(weight, height, width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-                                 pool, pool_h, pool_w);
+    const ConvShape s = shape_of(weight, height, width, stride_h, stride_w, padding_h, padding_w, dilation_h,
+                                 dilation_w, pool, pool_h, pool_w);
     const int64_t n_rows = row_ptr.numel() - 1;
     check_events(row_ptr, indices, n_rows, s.channels * height * width, "events");
-    STD_TORCH_CHECK(!bias.has_value() || bias->numel() == s.out_channels, "bias: expected ", s.out_channels, " entries");
+    STD_TORCH_CHECK(!bias.has_value() || bias->numel() == s.out_channels, "bias: expected ", s.out_channels,
+                    " entries");
     Tensor out = empty(weight, {n_rows, s.outputs()});
     keep = keep && pool == kMaxPool;
     Tensor chosen = torch::stable::new_empty(weight, {keep ? n_rows : 0, s.outputs()}, ScalarType::Byte);
@@ -77,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> event_conv_backward(
     int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
     int64_t pool, int64_t pool_h, int64_t pool_w, bool need_input, bool need_weight, bool need_bias) {
     const Tensor grad = torch::stable::contiguous(given_grad), weight = torch::stable::contiguous(given_weight);
-    const ConvShape s = shape_of(weight, height, width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-                                 pool, pool_h, pool_w);
+    const ConvShape s = shape_of(weight, height, width, stride_h, stride_w, padding_h, padding_w, dilation_h,
+                                 dilation_w, pool, pool_h, pool_w);
     const int64_t n_rows = row_ptr.numel() - 1;
     STD_TORCH_CHECK(grad.numel() == n_rows * s.outputs(), "grad: expected ", n_rows * s.outputs(), " entries");
     STD_TORCH_CHECK(pool != kMaxPool || (chosen.has_value() && chosen->numel() == grad.numel() &&
@@ -118,8 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> event_conv_backward(
             for (int64_t k = 1; k < groups; ++k) add_run(sums, sums + k * n, n, scalar_t(1));
             return sums;
         };
-        if (need_weight)
-            unpack_weight(s, total(weight_sums.get(), s.weights()), output<scalar_t>(grad_weight));
+        if (need_weight) unpack_weight(s, total(weight_sums.get(), s.weights()), output<scalar_t>(grad_weight));
         if (need_bias)
             std::memcpy(output<scalar_t>(grad_bias), total(bias_sums.get(), s.out_channels),
                         static_cast<size_t>(s.out_channels) * sizeof(scalar_t));

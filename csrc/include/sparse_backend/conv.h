@@ -13,11 +13,11 @@ namespace sparse_backend {
 enum Pool : int { kNoPool = 0, kMaxPool = 1, kAveragePool = 2 };
 
 struct ConvShape {
-    int64_t channels, height, width;                  // of the input, a row of C * H * W columns
-    int64_t out_channels, out_height, out_width;      // of the convolution
+    int64_t channels, height, width;              // of the input, a row of C * H * W columns
+    int64_t out_channels, out_height, out_width;  // of the convolution
     int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
     int pool;
-    int64_t pool_h, pool_w, pooled_h, pooled_w;       // windows side by side; 1 and the convolution's size without
+    int64_t pool_h, pool_w, pooled_h, pooled_w;  // windows side by side; 1 and the convolution's size without
 
     int64_t plane() const { return out_height * out_width * out_channels; }
     int64_t weights() const { return channels * kernel_h * kernel_w * out_channels; }
@@ -89,9 +89,7 @@ inline void add_run(T* to, const T* from, int64_t n, T scale) {
 template <typename T>
 struct ConvScratch {
     explicit ConvScratch(const ConvShape& s)
-        : plane(s.plane()),
-          pooled(s.pool == kNoPool ? 0 : s.outputs()),
-          place(s.pool == kMaxPool ? s.outputs() : 0) {}
+        : plane(s.plane()), pooled(s.pool == kNoPool ? 0 : s.outputs()), place(s.pool == kMaxPool ? s.outputs() : 0) {}
     Scratch<T> plane, pooled, place;
 };
 
@@ -131,8 +129,7 @@ void pool_plane(const ConvShape& s, ConvScratch<T>& scratch, T* out, uint8_t* ch
         for (int64_t i = 0; i < s.outputs(); ++i) out[i] /= share;
     if (chosen != nullptr)
         for (int64_t o = 0; o < channels; ++o)
-            for (int64_t p = 0; p < places; ++p)
-                chosen[o * places + p] = static_cast<uint8_t>(place[p * channels + o]);
+            for (int64_t p = 0; p < places; ++p) chosen[o * places + p] = static_cast<uint8_t>(place[p * channels + o]);
 }
 
 // The reverse: the gradient [o, y, x] of what was pooled, as the plane's. False where all of it is zero.
