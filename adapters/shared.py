@@ -228,32 +228,32 @@ def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) 
 
 def convolution_forward(module: Any, input: Any) -> Any:
     """An enabled `nn.Conv2d`'s forward: torch's own, given events where its dense input has few nonzero entries."""
+    if torch.compiler.is_compiling() or autocasting.is_on() or unusual() is not None:
+        return own_forward(module)(module, input)
+    events = input
     if (
         type(input) is Tensor
-        and not torch.compiler.is_compiling()
         and input.dim() == 4
         and input.dtype in _FLOATS
         and not input.requires_grad
         and input.layout is torch.strided
         and input.numel()
         and convolution.available(input.device)
-        and not autocasting.is_on()
-        and unusual() is None
     ):
         events = module.__dict__[STATE].events_of(input, 3)
-        if events is not None:
-            into = recorder.current()
-            if into is None or module.padding_mode != "zeros":
-                return own_forward(module)(module, events)
-            return _recorded_convolution(into, module, input, events)
-    return own_forward(module)(module, input)
+    if type(events) is not EventTensor:
+        return own_forward(module)(module, input)
+    into = recorder.current()
+    if into is None or module.padding_mode != "zeros":
+        return own_forward(module)(module, events)
+    return _recorded_convolution(into, module, input, events)
 
 
 def _recorded_convolution(into: Recording, module: Any, input: Tensor, events: EventTensor) -> Any:
-    """The call recorded where its input is a slice of a longer tensor; run now, once, where it is given the same
-    again (a static image)."""
+    """The call recorded where its input is a step of a longer tensor; run now, once, where it is given the same again
+    (a static image)."""
     weight, bias = module.weight, module.bias
-    if input._base is not None and is_watchable(input):
+    if events.origin is not None if input is events else input._base is not None and is_watchable(input):
         recorded = record_convolution(
             into, input, weight, bias, module.stride, module.padding, module.dilation, module.groups
         )

@@ -387,6 +387,24 @@ class EventTensor(TensorLike):
         """The tensor this is `x[t]` of, while somebody holds it."""
         return None if self._origin is None else self._origin()
 
+    def steps_like(self, steps: Sequence[Any]) -> EventTensor | None:
+        """`x[first:last]` of this tensor if these are those steps of it, each as `step` gave it, this one if they are
+        all; None if they are not, and of some of them if gradients flow to them."""
+        mine = self._steps or []
+        first = next((t for t, step in enumerate(mine) if step is steps[0]), 0)
+        last = first + len(steps)
+        if last > len(mine) or any(a is not b for a, b in zip(mine[first:last], steps, strict=True)):
+            return None
+        if len(steps) == len(mine):
+            return self
+        if self.learns:
+            return None
+        rows = self.rows // len(mine)
+        result = self.without_handle()
+        result.shape = torch.Size((len(steps), *self.shape[1:]))
+        result.row_ptr = self.row_ptr[first * rows : last * rows + 1]
+        return result
+
     @classmethod
     def stack(cls, steps: Sequence[EventTensor]) -> EventTensor:
         """Events [..., N] of one shape, one after another along a new first dimension. Compact handles go on learning,

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_backend import autocasting, convolution, policy
+from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike, dense
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, paused, take
@@ -176,7 +177,7 @@ def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 def record_convolution(
     into: Recording, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
 ) -> Placeholder | None:
-    """Record `conv2d` of a step of the caller's own."""
+    """Record `conv2d` of a step of the caller's own, a slice of a longer tensor."""
     return _record(into, F.conv2d, (input, weight, bias, *options), {})
 
 
@@ -393,7 +394,7 @@ def _record(
     names = tuple(kwargs)
     key = (
         function, frame, names, into.mode(), autocasting.state(), tuple([t.requires_grad for t in fixed]),
-        tuple([t.spec if type(t) is Placeholder else (t.shape, t.dtype, t.requires_grad) for t in tensors]),
+        tuple([t.spec if type(t) is Placeholder else (t.shape, t.dtype, _learns(t)) for t in tensors]),
     )  # fmt: skip
     site: Any = into.sites.get(key)
     if writes and into.has_queued_writes(*writes) and into.writer_of(*writes) is not site:
@@ -413,8 +414,7 @@ def _record(
         folded = None if writes else _folded(function, call, first.shape, known, samplewise)
         reads = [t for t in fixed if not _is_one_of(t, writes)]
         into.sites[key] = site = FunctionSite(into, call, folded, reads, of_events=function in _OF_EVENTS)
-        learns = torch.is_grad_enabled() and any(t.requires_grad if type(t) is not Placeholder else t.learns
-                                                 for t in (*tensors, *fixed))  # fmt: skip
+        learns = torch.is_grad_enabled() and any(map(_learns, (*tensors, *fixed)))
         learns = learns and dtype.is_floating_point and function not in _WITHOUT_GRADIENT
         site.outputs(first.device, (shape, dtype, learns))
         if function in _IN_CHUNKS and folded is not None:
@@ -427,10 +427,14 @@ def _record(
     if writes:
         into.will_write(site, *writes)
     for tensor in tensors:
-        if type(tensor) is not Placeholder:
+        if not isinstance(tensor, TensorLike):
             into.watch(tensor)
     (out,) = site.add(tuple([into.input_ref(t) for t in tensors]))
     return out
+
+
+def _learns(tensor: Any) -> bool:
+    return tensor.learns if isinstance(tensor, TensorLike) else tensor.requires_grad  # type: ignore[no-any-return]
 
 
 class _Hole:
@@ -454,6 +458,9 @@ def _frame(value: Any, into: Recording, tensors: list[Any], fixed: list[Tensor],
     if kind is Placeholder:
         if value._dense_only or value.spec.recording is not into:
             return None
+        tensors.append(value)
+        return _Hole(len(tensors) - 1, None)
+    if kind is EventTensor and value.is_events and value.origin is not None:
         tensors.append(value)
         return _Hole(len(tensors) - 1, None)
     if isinstance(value, Tensor):

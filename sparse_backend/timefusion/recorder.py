@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import threading
 import weakref
@@ -437,7 +438,9 @@ class Recording:
         """The next call of a site, and the later ones that need nothing but what has run and their own past."""
         queue = site.queue
         nodes = [queue[site.place]]
-        for later in itertools.islice(queue, site.place + 1, site.place + min(site.most, len(queue))):
+        left = len(queue) - site.place
+        size = math.ceil(left / math.ceil(left / site.most))  # runs of one length, not a short one at the end
+        for later in itertools.islice(queue, site.place + 1, site.place + size):
             before = nodes[-1]
             for state, slot in zip(later.states, site.state_slots, strict=True):
                 if type(state) is not tuple or state[0] is not before or state[1] != slot:

@@ -26,14 +26,8 @@ def collect(refs: Sequence[Any]) -> Any:
         if sequence is not None:
             return sequence
     elif type(first) is EventTensor:
-        whole = first.origin
-        if (
-            whole is not None
-            and whole.shape[0] == len(refs)
-            and all(
-                type(ref) is EventTensor and ref.origin is whole and ref is whole.step(t) for t, ref in enumerate(refs)
-            )
-        ):
+        whole = None if first.origin is None else first.origin.steps_like(refs)
+        if whole is not None:
             return whole
     elif type(first) is DeferredCurrent:
         whole = _joined(refs)

@@ -85,48 +85,79 @@ inline void add_run(T* to, const T* from, int64_t n, T scale) {
     }
 }
 
-// Memory for one row: its plane, and what pooling finds there.
+// Adds the products of n entries of each to four sums, which hide each other's latency.
+template <typename T>
+inline void add_products(const T* a, const T* b, int64_t n, Vec<T> (&sums)[4]) {
+    using V = Vec<T>;
+    int64_t i = 0;
+    for (; i + 4 * V::width <= n; i += 4 * V::width)
+        for (int k = 0; k < 4; ++k) sums[k] = sums[k] + V::load(a + i + k * V::width) * V::load(b + i + k * V::width);
+    for (; i + V::width <= n; i += V::width) sums[0] = sums[0] + V::load(a + i) * V::load(b + i);
+    if (i < n) {
+        const int rest = static_cast<int>(n - i);
+        sums[1] = sums[1] + V::load(a + i, rest) * V::load(b + i, rest);
+    }
+}
+
+// Memory for one row: its plane, what pooling finds there, and where in the plane a window's entries lie from its
+// corner on, line by line.
 template <typename T>
 struct ConvScratch {
     explicit ConvScratch(const ConvShape& s)
-        : plane(s.plane()), pooled(s.pool == kNoPool ? 0 : s.outputs()), place(s.pool == kMaxPool ? s.outputs() : 0) {}
+        : plane(s.plane()),
+          pooled(s.pool == kNoPool ? 0 : s.outputs()),
+          place(s.pool == kMaxPool ? s.outputs() : 0),
+          window(s.pool_h * s.pool_w) {
+        for (int64_t k = 0; k < s.pool_h * s.pool_w; ++k)
+            window.get()[k] = (k / s.pool_w * s.out_width + k % s.pool_w) * s.out_channels;
+    }
     Scratch<T> plane, pooled, place;
+    Scratch<int64_t> window;
 };
+
+// Calls visit(p, corner) for every window p, whose first entry is the plane's `corner`.
+template <typename Visit>
+inline void for_windows(const ConvShape& s, Visit&& visit) {
+    for (int64_t y = 0, p = 0; y < s.pooled_h; ++y)
+        for (int64_t x = 0; x < s.pooled_w; ++x, ++p)
+            visit(p, (y * s.pool_h * s.out_width + x * s.pool_w) * s.out_channels);
+}
 
 // Pools the plane of one row into [o, y, x]. chosen: where in its window the maximum is, line by line, or null.
 template <typename T>
 void pool_plane(const ConvShape& s, ConvScratch<T>& scratch, T* out, uint8_t* chosen) {
     using V = Vec<T>;
-    const int64_t channels = s.out_channels, places = s.pooled(), window = s.pool_h * s.pool_w;
-    const T* plane = scratch.plane.get();
-    T* pooled = scratch.pooled.get();
-    T* place = scratch.place.get();
+    const int64_t channels = s.out_channels, places = s.pooled(), entries = s.pool_h * s.pool_w;
+    const int64_t* window = scratch.window.get();
+    const T *plane = scratch.plane.get(), *tile = plane;
+    T *pooled = scratch.pooled.get(), *place = scratch.place.get();
     const V zero = V::all(T(0));
-    for (int64_t p = 0; s.pool != kNoPool && p < places; ++p) {
-        const T* corner = plane + (p / s.pooled_w * s.pool_h * s.out_width + p % s.pooled_w * s.pool_w) * channels;
-        for (int64_t o = 0; o < channels; o += V::width) {
-            const int n = static_cast<int>(std::min<int64_t>(V::width, channels - o));
-            V best = V::load(corner + o, n), at = zero;
-            for (int64_t k = 1; k < window; ++k) {
-                const V value = V::load(corner + (k / s.pool_w * s.out_width + k % s.pool_w) * channels + o, n);
-                if (s.pool == kAveragePool) {
-                    best = best + value;
-                    continue;
+    if (s.pool != kNoPool) {
+        tile = pooled;
+        for_windows(s, [&](int64_t p, int64_t corner) {
+            for (int64_t o = 0; o < channels; o += V::width) {
+                const int n = static_cast<int>(std::min<int64_t>(V::width, channels - o));
+                const T* from = plane + corner + o;
+                V best = V::load(from, n), at = zero;
+                for (int64_t k = 1; k < entries; ++k) {
+                    const V value = V::load(from + window[k], n);
+                    if (s.pool == kAveragePool) {
+                        best = best + value;
+                        continue;
+                    }
+                    const typename V::Mask better = V::either(value > best, inside(value, zero));  // or no number
+                    best = V::where(better, value, best);
+                    at = V::where(better, V::all(static_cast<T>(k)), at);
                 }
-                const typename V::Mask better = V::either(value > best, inside(value, zero));  // greater, or no number
-                best = V::where(better, value, best);
-                at = V::where(better, V::all(static_cast<T>(k)), at);
+                best.store(pooled + p * channels + o, n);
+                if (s.pool == kMaxPool) at.store(place + p * channels + o, n);
             }
-            best.store(pooled + p * channels + o, n);
-            if (s.pool == kMaxPool) at.store(place + p * channels + o, n);
-        }
+        });
     }
-    const T* tile = s.pool == kNoPool ? plane : pooled;
-    const T share = s.pool == kAveragePool ? static_cast<T>(window) : T(1);
     for (int64_t o = 0; o < channels; ++o)
         for (int64_t p = 0; p < places; ++p) out[o * places + p] = tile[p * channels + o];
     if (s.pool == kAveragePool)
-        for (int64_t i = 0; i < s.outputs(); ++i) out[i] /= share;
+        for (int64_t i = 0; i < s.outputs(); ++i) out[i] /= static_cast<T>(entries);
     if (chosen != nullptr)
         for (int64_t o = 0; o < channels; ++o)
             for (int64_t p = 0; p < places; ++p) chosen[o * places + p] = static_cast<uint8_t>(place[p * channels + o]);
@@ -134,9 +165,11 @@ void pool_plane(const ConvShape& s, ConvScratch<T>& scratch, T* out, uint8_t* ch
 
 // The reverse: the gradient [o, y, x] of what was pooled, as the plane's. False where all of it is zero.
 template <typename T>
-bool unpool_plane(const ConvShape& s, const T* grad, const uint8_t* chosen, T* plane) {
+bool unpool_plane(const ConvShape& s, const T* grad, const uint8_t* chosen, ConvScratch<T>& scratch) {
     using V = Vec<T>;
     const int64_t channels = s.out_channels, places = s.pooled(), outputs = s.outputs();
+    const int64_t* window = scratch.window.get();
+    T* plane = scratch.plane.get();
     bool any = false;
     for (int64_t i = 0; i < outputs && !any; i += V::width)
         any = V::bits(V::load(grad + i, static_cast<int>(std::min<int64_t>(V::width, outputs - i))).nonzero()) != 0;
@@ -147,22 +180,17 @@ bool unpool_plane(const ConvShape& s, const T* grad, const uint8_t* chosen, T* p
         return true;
     }
     std::memset(static_cast<void*>(plane), 0, static_cast<size_t>(s.plane()) * sizeof(T));
-    for (int64_t py = 0, p = 0; py < s.pooled_h; ++py)
-        for (int64_t px = 0; px < s.pooled_w; ++px, ++p) {
-            T* corner = plane + (py * s.pool_h * s.out_width + px * s.pool_w) * channels;
-            if (s.pool == kMaxPool) {
-                for (int64_t o = 0; o < channels; ++o) {
-                    const int64_t k = chosen[o * places + p];
-                    corner[(k / s.pool_w * s.out_width + k % s.pool_w) * channels + o] = grad[o * places + p];
-                }
-                continue;
-            }
-            for (int64_t ky = 0; ky < s.pool_h; ++ky)
-                for (int64_t kx = 0; kx < s.pool_w; ++kx)
-                    for (int64_t o = 0; o < channels; ++o)
-                        corner[(ky * s.out_width + kx) * channels + o] =
-                            grad[o * places + p] / static_cast<T>(s.pool_h * s.pool_w);
+    const int64_t entries = s.pool_h * s.pool_w;
+    for_windows(s, [&](int64_t p, int64_t corner) {
+        T* to = plane + corner;
+        for (int64_t o = 0; o < channels; ++o) {
+            const T value = grad[o * places + p];
+            if (s.pool == kMaxPool)
+                to[window[chosen[o * places + p]] + o] = value;
+            else
+                for (int64_t k = 0; k < entries; ++k) to[window[k] + o] = value / static_cast<T>(entries);
         }
+    });
     return true;
 }
 
@@ -197,27 +225,22 @@ template <typename T>
 void conv_rows_backward(const ConvShape& s, const Events<T>& input, const T* packed, const T* grad,
                         const uint8_t* chosen, int64_t first, int64_t last, const ConvGrads<T>& grads) {
     using V = Vec<T>;
-    Scratch<T> scratch(s.plane());
-    T* plane = scratch.get();
+    ConvScratch<T> scratch(s);
+    const T* plane = scratch.plane.get();
+    const V zero = V::all(T(0));
     const int64_t places = s.pooled();
     const Rows& wanted = grads.wanted;
     for (int64_t row = first; row < last; ++row) {
         const T* of_row = grad + row * s.outputs();
-        const bool any = unpool_plane(s, of_row, chosen == nullptr ? nullptr : chosen + row * s.outputs(), plane);
+        const bool any = unpool_plane(s, of_row, chosen == nullptr ? nullptr : chosen + row * s.outputs(), scratch);
         if (grads.input != nullptr)
             for (int64_t e = wanted.row_ptr[row]; e < wanted.row_ptr[row + 1]; ++e) {
-                V sum = V::all(T(0));
+                V sums[4] = {zero, zero, zero, zero};
                 if (any)
                     for_reached(s, wanted.indices[e], [&](int64_t at, int64_t from, int64_t n) {
-                        int64_t i = 0;
-                        for (; i + V::width <= n; i += V::width)
-                            sum = sum + V::load(plane + at + i) * V::load(packed + from + i);
-                        if (i < n) {
-                            const int rest = static_cast<int>(n - i);
-                            sum = sum + V::load(plane + at + i, rest) * V::load(packed + from + i, rest);
-                        }
+                        add_products(plane + at, packed + from, n, sums);
                     });
-                grads.input[e - wanted.row_ptr[0]] = sum.sum();
+                grads.input[e - wanted.row_ptr[0]] = ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
             }
         if (!any) continue;
         if (grads.bias != nullptr)
