@@ -256,18 +256,8 @@ def _last(spikes: Any, shape: torch.Size) -> Any:
     """The spikes of the last step."""
     if type(spikes) is not EventTensor or not spikes.is_events:
         return spikes[-1].clone()
-    rows = spikes.rows // spikes.shape[0]
-    row_ptr, active_ptr, handle, active = spikes.row_ptr[-rows - 1 :], spikes.active_ptr, spikes.handle, None
-    if active_ptr is not None and handle is not None and spikes.active_indices is not None:
-        active_ptr = active_ptr[-rows - 1 :]
-        begin = int(active_ptr[0])
-        handle, active, active_ptr = handle[begin:], spikes.active_indices[begin:], active_ptr - begin
-    else:
-        active_ptr = None
-    return EventTensor(
-        shape, row_ptr, spikes.indices, spikes.values, handle=handle, active_ptr=active_ptr, active_indices=active,
-        dtype=spikes.dtype, columns=spikes.columns, check=False,
-    )  # fmt: skip
+    steps = spikes.shape[0]
+    return spikes.some_steps(steps - 1, steps).reshaped(shape)
 
 
 def _count_readout(layer: LayerState, result: LIResult, sizes: tuple[int, int, int], plan: Plan, in_time: bool) -> None:

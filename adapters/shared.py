@@ -230,18 +230,10 @@ def convolution_forward(module: Any, input: Any) -> Any:
     """An enabled `nn.Conv2d`'s forward: torch's own, given events where its dense input has few nonzero entries."""
     if torch.compiler.is_compiling() or autocasting.is_on() or unusual() is not None:
         return own_forward(module)(module, input)
-    events = input
-    if (
-        type(input) is Tensor
-        and input.dim() == 4
-        and input.dtype in _FLOATS
-        and not input.requires_grad
-        and input.layout is torch.strided
-        and input.numel()
-        and convolution.available(input.device)
-    ):
-        events = module.__dict__[STATE].events_of(input, 3)
+    events = module.__dict__[STATE].events_of(input, 3) if convolution.can_be_events(input) else input
     if type(events) is not EventTensor:
+        if type(input) is not Placeholder:
+            convolution.paths[module.weight] = convolution.why_dense(input)
         return own_forward(module)(module, input)
     into = recorder.current()
     if into is None or module.padding_mode != "zeros":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_backend import _native, autocasting, policy
 from sparse_backend.deferred import WeightHub, is_finite, unusual
@@ -124,37 +125,67 @@ def available(device: torch.device) -> bool:
     return device.type == "cpu" and _native.load()
 
 
+#: weights of convolutions that have run -> why torch's own ran, None where it ran on events
+paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def convolve(
-    events: EventTensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> DeferredConvolution | None:
-    """The convolution of images that are events; None where torch's own has to run."""
-    if weight.dim() != 4 or events.shape[-3] != weight.shape[1] or events.columns != events.shape[-3:].numel():
-        return None
-    if events.dtype != weight.dtype or weight.dtype not in _FLOATS or not events.numel() or not weight.numel():
-        return None
+    events: EventTensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> DeferredConvolution | str:
+    """The convolution of images that are events, or why torch's own has to run. Options as `conv2d` takes them."""
+    if weight.dim() != 4 or events.columns != events.shape[-3:].numel():
+        return "its input's rows are not images"
+    if groups != 1 or events.shape[-3] != weight.shape[1]:
+        return "it has groups"
+    if events.dtype != weight.dtype or weight.dtype not in _FLOATS:
+        return f"its weight is {weight.dtype}, its input {events.dtype}"
     if bias is not None and (bias.dtype != weight.dtype or bias.shape != weight.shape[:1]):
-        return None
-    if events.learns and events.active_ptr is None:  # every entry has a gradient
-        return None
-    if events.device != weight.device or not available(weight.device) or events.density > policy.MAX_INPUT:
-        return None
-    height, width = events.shape[-2:]
-    geometry = Geometry(height, width, *stride, *padding, *dilation)
-    if min(*stride, *dilation) < 1 or min(padding) < 0 or min(geometry.of_convolution(weight)) < 1:
-        return None
+        return "its bias is not like its weight"
+    if events.device != weight.device or not available(weight.device):
+        return "it has no kernels here"
+    if events.learns and events.active_ptr is None:
+        return "every entry of its input has a gradient"
+    if not events.numel() or not weight.numel() or events.density > policy.MAX_INPUT:
+        return _WHY_BUSY
     if not is_finite(weight):
-        return None
+        return "its weight is not finite"
+    sizes = _sizes(weight, stride, padding, dilation)
+    height, width = events.shape[-2:]
+    geometry = None if sizes is None else Geometry(height, width, *sizes)
+    if geometry is None or min(geometry.of_convolution(weight)) < 1:
+        return f"of its stride {stride}, padding {padding} and dilation {dilation}"
     if torch.is_grad_enabled():  # whatever requires grad when the current is wanted
         weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
     else:
         events = events.without_handle() if events.learns else events
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     return DeferredConvolution(events, WeightHub(weight, bias, None, 0), geometry, events.shape[:-3])
+
+
+_WHY_BUSY = f"more than {100 * policy.MAX_INPUT:.0f} % of its input is not zero"
+
+
+def why_dense(images: Any) -> str:
+    """Why images that are no events are none."""
+    if isinstance(images, Tensor) and images.requires_grad:
+        return "its input is dense and has a gradient: spikes went through a layer that is not on events"
+    return _WHY_BUSY if available(images.device) else "it has no kernels here"
+
+
+def _sizes(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> tuple[int, ...] | None:
+    """Stride, padding and dilation as numbers, down and across each; None where they are not what kernels take."""
+    steps, gaps = _pair(stride), _pair(dilation)
+    if steps is None or gaps is None or min(*steps, *gaps) < 1:
+        return None
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        reach = [gap * (size - 1) for gap, size in zip(gaps, weight.shape[2:], strict=True)]
+        if any(size % 2 for size in reach) or steps != (1, 1):
+            return None  # more on one side than on the other
+        padding = tuple(size // 2 for size in reach)
+    edges = _pair(padding)
+    return None if edges is None or min(edges) < 0 else (*steps, *edges, *gaps)
 
 
 def pool(spikes: EventTensor, average: bool, kernel: tuple[int, int]) -> EventTensor | None:
@@ -193,14 +224,31 @@ def pool(spikes: EventTensor, average: bool, kernel: tuple[int, int]) -> EventTe
     )
 
 
-def as_events(images: Any) -> Any:
-    """Images [R, C, H, W] as events where few of their entries are nonzero and none has a gradient."""
-    if type(images) is not Tensor or images.dim() != 4 or images.requires_grad or images.dtype not in _FLOATS:
+def as_events(images: Any, weights: Sequence[Tensor] = ()) -> Any:
+    """Images [R, C, H, W] as events where few of their entries are nonzero and none has a gradient. weights: of the
+    convolution they are for."""
+    events = None
+    if can_be_events(images):
+        events = EventTensor.if_sparse(images, policy.MAX_INPUT, 3)
+    elif type(images) is EventTensor:
         return images
-    if not images.numel() or images.layout is not torch.strided or not available(images.device):
-        return images
-    events = EventTensor.if_sparse(images, policy.MAX_INPUT, 3)
+    if events is None:
+        for weight in weights[:1]:
+            paths[weight] = why_dense(images)
     return images if events is None else events
+
+
+def can_be_events(images: Any) -> bool:
+    """Whether a plain tensor may be read as events of images."""
+    return (
+        type(images) is Tensor
+        and images.dim() == 4
+        and images.dtype in _FLOATS
+        and not images.requires_grad
+        and images.layout is torch.strided
+        and images.numel() > 0
+        and available(images.device)
+    )
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
@@ -221,18 +269,13 @@ def _conv2d(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
 ) -> Any:
     """`conv2d` of spikes of ours, wherever it is called from."""
-    if type(input) is not EventTensor or not input.is_events or len(input.shape) != 4 or groups != 1:
+    if type(input) is not EventTensor or not input.is_events or len(input.shape) != 4 or not _is_usual():
         return NotImplemented
     if not isinstance(weight, Tensor) or isinstance(weight, TensorLike) or isinstance(bias, TensorLike):
         return NotImplemented
-    if not _is_usual():
-        return NotImplemented
-    padding = 0 if padding == "valid" else padding
-    pairs = tuple(map(_pair, (stride, padding, dilation)))
-    if None in pairs:
-        return NotImplemented
-    current = convolve(input, weight, bias, *pairs)  # type: ignore[arg-type]
-    return NotImplemented if current is None else current
+    current = convolve(input, weight, bias, stride, padding, dilation, groups)
+    paths[weight] = current if isinstance(current, str) else None
+    return NotImplemented if isinstance(current, str) else current
 
 
 @implements(torch.max_pool2d, F.max_pool2d)

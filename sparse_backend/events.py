@@ -388,22 +388,39 @@ class EventTensor(TensorLike):
         return None if self._origin is None else self._origin()
 
     def steps_like(self, steps: Sequence[Any]) -> EventTensor | None:
-        """`x[first:last]` of this tensor if these are those steps of it, each as `step` gave it, this one if they are
-        all; None if they are not, and of some of them if gradients flow to them."""
+        """`x[first:last]` of this tensor if these are those steps of it, each as `step` gave it; None if not."""
         mine = self._steps or []
         first = next((t for t, step in enumerate(mine) if step is steps[0]), 0)
         last = first + len(steps)
         if last > len(mine) or any(a is not b for a, b in zip(mine[first:last], steps, strict=True)):
             return None
-        if len(steps) == len(mine):
+        return self.some_steps(first, last)
+
+    def some_steps(self, first: int, last: int) -> EventTensor:
+        """`x[first:last]`, this one if that is all."""
+        size = self.shape[0]
+        if last - first == size:
             return self
-        if self.learns:
-            return None
-        rows = self.rows // len(mine)
-        result = self.without_handle()
-        result.shape = torch.Size((len(steps), *self.shape[1:]))
-        result.row_ptr = self.row_ptr[first * rows : last * rows + 1]
-        return result
+        rows = self.rows // size
+        handle, active_ptr, active_indices = self.handle, self.active_ptr, self.active_indices
+        if handle is not None and active_ptr is not None and active_indices is not None:
+            active_ptr = active_ptr[first * rows : last * rows + 1]
+            begin, end = int(active_ptr[0]), int(active_ptr[-1])
+            handle, active_indices, active_ptr = handle[begin:end], active_indices[begin:end], active_ptr - begin
+        elif handle is not None:
+            handle = handle[first:last]
+        return EventTensor(
+            (last - first, *self.shape[1:]),
+            self.row_ptr[first * rows : last * rows + 1],
+            self.indices,
+            self.values,
+            handle=handle,
+            active_ptr=active_ptr,
+            active_indices=active_indices,
+            dtype=self.dtype,
+            columns=self.columns,
+            check=False,
+        )
 
     @classmethod
     def stack(cls, steps: Sequence[EventTensor]) -> EventTensor:

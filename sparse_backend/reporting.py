@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_backend import enabling, policy
+from sparse_backend import convolution, enabling, policy
 from sparse_backend.timefusion.forward import FusionState
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -88,7 +88,7 @@ def report(net: nn.Module, reset: bool = False) -> Report:
     elif all(layer.b_th is None for layer in layers):
         note = "Nothing is accelerated. Call sparse_backend.enable(net)."
     else:
-        note = _fusion(net)
+        note = "\n".join(filter(None, [_fusion(net), _convolutions(net)])) or None
     return Report(layers, note)
 
 
@@ -103,6 +103,20 @@ def _fusion(net: nn.Module) -> str | None:
     times = f" ({fusion.forced} times in the last forward)" if fusion.forced > 1 else ""
     forced = f" {fusion.forced_by} needed a value before the loop ended{times}." if fusion.forced_by else ""
     return f"Time fusion: {what}.{forced}"
+
+
+def _convolutions(net: nn.Module) -> str | None:
+    """Which convolutions ran on events in their last call, and why others did not."""
+    on_events, others = [], []
+    for name, module in net.named_modules():
+        if type(module) is nn.Conv2d and module.weight in convolution.paths:
+            reason = convolution.paths[module.weight]
+            if reason is None:
+                on_events.append(name)
+            else:
+                others.append(f"{name} dense: {reason}")
+    parts = [f"{', '.join(on_events)} on events"] if on_events else []
+    return f"Convolutions: {'; '.join([*parts, *others])}." if on_events or others else None
 
 
 def _layer(name: str, module: nn.Module, adapter: Any, state: Any) -> LayerReport:

@@ -408,7 +408,7 @@ def _record(
 
         def call(*values: Any) -> Any:
             if function is F.conv2d:
-                values = (convolution.as_events(values[0]), *values[1:])
+                values = (convolution.as_events(values[0], fixed), *values[1:])
             return _apply(function, frame, names, values, fixed)
 
         folded = None if writes else _folded(function, call, first.shape, known, samplewise)

@@ -50,6 +50,8 @@ def _whole_run(refs: Sequence[Any]) -> Any:
     sequence = run.sequence(slot)
     if sequence is None or len(refs) == run.length:
         return sequence
+    if type(sequence) is EventTensor and sequence.is_events and sequence.has_steps:
+        return sequence.some_steps(first, first + len(refs))
     return None if isinstance(sequence, TensorLike) else sequence[first : first + len(refs)]
 
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "sparse_backend/rows.h"
 
@@ -25,31 +26,29 @@ struct ConvShape {
     int64_t outputs() const { return out_channels * pooled(); }
 };
 
-// Calls run(at, from, n) for every run of n places of the plane, from `at` on, that input `index` reaches with the
+// Calls run(y, x, n, from) for every run of n places of the plane, from [y, x] on, that input `index` reaches with the
 // packed weights [c, ky, kernel_w - 1 - kx, o] from `from` on.
 template <typename Run>
 inline void for_reached(const ConvShape& s, int64_t index, Run&& run) {
     const int32_t width = static_cast<int32_t>(s.width), area = static_cast<int32_t>(s.height * s.width);
-    const int32_t i = static_cast<int32_t>(index), c = i / area, y = (i - c * area) / width;
-    const int64_t x = i - c * area - y * width;
+    const int32_t i = static_cast<int32_t>(index), c = i / area, row = (i - c * area) / width;
+    const int64_t column = i - c * area - row * width;
     for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-        const int64_t down = y + s.padding_h - ky * s.dilation_h, oy = s.stride_h == 1 ? down : down / s.stride_h;
+        const int64_t down = row + s.padding_h - ky * s.dilation_h, y = s.stride_h == 1 ? down : down / s.stride_h;
         if (down < 0) break;
-        if (oy >= s.out_height || oy * s.stride_h != down) continue;
-        const int64_t line = oy * s.out_width, weights = (c * s.kernel_h + ky) * s.kernel_w;
+        if (y >= s.out_height || y * s.stride_h != down) continue;
+        const int64_t taps = (c * s.kernel_h + ky) * s.kernel_w;
         if (s.stride_w == 1 && s.dilation_w == 1) {
-            const int64_t left = x + s.padding_w - (s.kernel_w - 1);
+            const int64_t left = column + s.padding_w - (s.kernel_w - 1);
             const int64_t first = std::max<int64_t>(left, 0), last = std::min(left + s.kernel_w, s.out_width);
-            if (first < last)
-                run((line + first) * s.out_channels, (weights + first - left) * s.out_channels,
-                    (last - first) * s.out_channels);
+            if (first < last) run(y, first, last - first, (taps + first - left) * s.out_channels);
             continue;
         }
         for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
-            const int64_t right = x + s.padding_w - kx * s.dilation_w, ox = right / s.stride_w;
+            const int64_t right = column + s.padding_w - kx * s.dilation_w, x = right / s.stride_w;
             if (right < 0) break;
-            if (ox >= s.out_width || ox * s.stride_w != right) continue;
-            run((line + ox) * s.out_channels, (weights + s.kernel_w - 1 - kx) * s.out_channels, s.out_channels);
+            if (x >= s.out_width || x * s.stride_w != right) continue;
+            run(y, x, int64_t{1}, (taps + s.kernel_w - 1 - kx) * s.out_channels);
         }
     }
 }
@@ -99,115 +98,147 @@ inline void add_products(const T* a, const T* b, int64_t n, Vec<T> (&sums)[4]) {
     }
 }
 
-// Memory for one row: its plane, what pooling finds there, and where in the plane a window's entries lie from its
-// corner on, line by line.
+// The plane of one row, and which of its windows matter: those that an event reaches.
 template <typename T>
-struct ConvScratch {
-    explicit ConvScratch(const ConvShape& s)
-        : plane(s.plane()),
-          pooled(s.pool == kNoPool ? 0 : s.outputs()),
-          place(s.pool == kMaxPool ? s.outputs() : 0),
-          window(s.pool_h * s.pool_w) {
+class Plane {
+  public:
+    explicit Plane(const ConvShape& s)
+        : s_(s),
+          values_(s.plane()),
+          offsets_(s.pool_h * s.pool_w),
+          best_(padded(s.out_channels)),
+          place_(padded(s.out_channels)),
+          marked_(s.pooled()) {
         for (int64_t k = 0; k < s.pool_h * s.pool_w; ++k)
-            window.get()[k] = (k / s.pool_w * s.out_width + k % s.pool_w) * s.out_channels;
+            offsets_.get()[k] = (k / s.pool_w * s.out_width + k % s.pool_w) * s.out_channels;
+        windows_.reserve(static_cast<size_t>(s.pooled()));
+        for (int64_t y = 0; y < s.out_height; ++y) rows_.push_back(y / s.pool_h);
+        for (int64_t x = 0; x < s.out_width; ++x) columns_.push_back(x / s.pool_w);
+        // of the windows an input reaches, at most
+        span_ = (s.kernel_h * s.dilation_h / s.pool_h + 2) * (s.kernel_w * s.dilation_w / s.pool_w + 2);
     }
-    Scratch<T> plane, pooled, place;
-    Scratch<int64_t> window;
-};
-
-// Calls visit(p, corner) for every window p, whose first entry is the plane's `corner`.
-template <typename Visit>
-inline void for_windows(const ConvShape& s, Visit&& visit) {
-    for (int64_t y = 0, p = 0; y < s.pooled_h; ++y)
-        for (int64_t x = 0; x < s.pooled_w; ++x, ++p)
-            visit(p, (y * s.pool_h * s.out_width + x * s.pool_w) * s.out_channels);
-}
-
-// Pools the plane of one row into [o, y, x]. chosen: where in its window the maximum is, line by line, or null.
-template <typename T>
-void pool_plane(const ConvShape& s, ConvScratch<T>& scratch, T* out, uint8_t* chosen) {
-    using V = Vec<T>;
-    const int64_t channels = s.out_channels, places = s.pooled(), entries = s.pool_h * s.pool_w;
-    const int64_t* window = scratch.window.get();
-    const T *plane = scratch.plane.get(), *tile = plane;
-    T *pooled = scratch.pooled.get(), *place = scratch.place.get();
-    const V zero = V::all(T(0));
-    if (s.pool != kNoPool) {
-        tile = pooled;
-        for_windows(s, [&](int64_t p, int64_t corner) {
+    T* at(int64_t y, int64_t x) { return values_.get() + (y * s_.out_width + x) * s_.out_channels; }
+    // Calls visit(p, first entry) for every marked window.
+    template <typename Visit>
+    void each(Visit&& visit) {
+        for (const int64_t p : windows_) visit(p, at(p / s_.pooled_w * s_.pool_h, p % s_.pooled_w * s_.pool_w));
+    }
+    // Marks what the inputs begin .. end reach: all windows, where they are many.
+    void mark(const int32_t* inputs, int64_t begin, int64_t end) {
+        if ((end - begin) * span_ >= 4 * s_.pooled()) return mark_all();
+        for (int64_t e = begin; e < end; ++e)
+            for_reached(s_, inputs[e], [&](int64_t y, int64_t x, int64_t n, int64_t) {
+                const int64_t row = rows_[static_cast<size_t>(y)];
+                if (row >= s_.pooled_h) return;
+                const int64_t last = std::min(columns_[static_cast<size_t>(x + n - 1)], s_.pooled_w - 1);
+                for (int64_t k = columns_[static_cast<size_t>(x)]; k <= last; ++k) mark(row * s_.pooled_w + k);
+            });
+    }
+    void mark_all() {
+        for (int64_t p = 0; p < s_.pooled(); ++p) mark(p);
+    }
+    // Unmarks all windows, and gives them back what `from` has there, zeros if null.
+    void restore(const T* from) {
+        const size_t bytes = static_cast<size_t>(s_.pool_w * s_.out_channels) * sizeof(T);
+        each([&](int64_t p, T* corner) {
+            marked_.get()[p] = 0;
+            for (int64_t y = 0; y < s_.pool_h; ++y) {
+                T* line = corner + y * s_.out_width * s_.out_channels;
+                if (from == nullptr)
+                    std::memset(static_cast<void*>(line), 0, bytes);
+                else
+                    std::memcpy(line, from + (line - values_.get()), bytes);
+            }
+        });
+        windows_.clear();
+    }
+    // Pools the marked windows into [o, y, x]. chosen: where in its window the maximum is, line by line, or null.
+    void pool(T* out, uint8_t* chosen) {
+        using V = Vec<T>;
+        const int64_t channels = s_.out_channels, places = s_.pooled(), entries = s_.pool_h * s_.pool_w;
+        const int64_t* offsets = offsets_.get();
+        T *best_of = best_.get(), *place_of = place_.get();
+        const V zero = V::all(T(0));
+        each([&](int64_t p, const T* corner) {
             for (int64_t o = 0; o < channels; o += V::width) {
                 const int n = static_cast<int>(std::min<int64_t>(V::width, channels - o));
-                const T* from = plane + corner + o;
-                V best = V::load(from, n), at = zero;
+                V best = V::load(corner + o, n), place = zero;
                 for (int64_t k = 1; k < entries; ++k) {
-                    const V value = V::load(from + window[k], n);
-                    if (s.pool == kAveragePool) {
+                    const V value = V::load(corner + offsets[k] + o, n);
+                    if (s_.pool == kAveragePool) {
                         best = best + value;
                         continue;
                     }
                     const typename V::Mask better = V::either(value > best, inside(value, zero));  // or no number
                     best = V::where(better, value, best);
-                    at = V::where(better, V::all(static_cast<T>(k)), at);
+                    place = V::where(better, V::all(static_cast<T>(k)), place);
                 }
-                best.store(pooled + p * channels + o, n);
-                if (s.pool == kMaxPool) at.store(place + p * channels + o, n);
+                best.store(best_of + o);
+                place.store(place_of + o);
+            }
+            if (s_.pool == kAveragePool)
+                for (int64_t o = 0; o < channels; ++o) best_of[o] /= static_cast<T>(entries);
+            for (int64_t o = 0; o < channels; ++o) out[o * places + p] = best_of[o];
+            for (int64_t o = 0; chosen != nullptr && o < channels; ++o)
+                chosen[o * places + p] = static_cast<uint8_t>(place_of[o]);
+        });
+    }
+    // The reverse, for a gradient [o, y, x] of what was pooled: marked windows of a plane of zeros.
+    void unpool(const T* grad, const uint8_t* chosen) {
+        const int64_t channels = s_.out_channels, places = s_.pooled(), entries = s_.pool_h * s_.pool_w;
+        const int64_t* offsets = offsets_.get();
+        each([&](int64_t p, T* corner) {
+            for (int64_t o = 0; o < channels; ++o) {
+                const T value = grad[o * places + p];
+                if (s_.pool == kMaxPool)
+                    corner[offsets[chosen[o * places + p]] + o] = value;
+                else
+                    for (int64_t k = 0; k < entries; ++k) corner[offsets[k] + o] = value / static_cast<T>(entries);
             }
         });
     }
-    for (int64_t o = 0; o < channels; ++o)
-        for (int64_t p = 0; p < places; ++p) out[o * places + p] = tile[p * channels + o];
-    if (s.pool == kAveragePool)
-        for (int64_t i = 0; i < s.outputs(); ++i) out[i] /= static_cast<T>(entries);
-    if (chosen != nullptr)
-        for (int64_t o = 0; o < channels; ++o)
-            for (int64_t p = 0; p < places; ++p) chosen[o * places + p] = static_cast<uint8_t>(place[p * channels + o]);
-}
 
-// The reverse: the gradient [o, y, x] of what was pooled, as the plane's. False where all of it is zero.
-template <typename T>
-bool unpool_plane(const ConvShape& s, const T* grad, const uint8_t* chosen, ConvScratch<T>& scratch) {
-    using V = Vec<T>;
-    const int64_t channels = s.out_channels, places = s.pooled(), outputs = s.outputs();
-    const int64_t* window = scratch.window.get();
-    T* plane = scratch.plane.get();
-    bool any = false;
-    for (int64_t i = 0; i < outputs && !any; i += V::width)
-        any = V::bits(V::load(grad + i, static_cast<int>(std::min<int64_t>(V::width, outputs - i))).nonzero()) != 0;
-    if (!any) return false;
-    if (s.pool == kNoPool) {
-        for (int64_t o = 0; o < channels; ++o)
-            for (int64_t p = 0; p < places; ++p) plane[p * channels + o] = grad[o * places + p];
-        return true;
+  private:
+    void mark(int64_t p) {
+        if (marked_.get()[p]) return;
+        marked_.get()[p] = 1;
+        windows_.push_back(p);
     }
-    std::memset(static_cast<void*>(plane), 0, static_cast<size_t>(s.plane()) * sizeof(T));
-    const int64_t entries = s.pool_h * s.pool_w;
-    for_windows(s, [&](int64_t p, int64_t corner) {
-        T* to = plane + corner;
-        for (int64_t o = 0; o < channels; ++o) {
-            const T value = grad[o * places + p];
-            if (s.pool == kMaxPool)
-                to[window[chosen[o * places + p]] + o] = value;
-            else
-                for (int64_t k = 0; k < entries; ++k) to[window[k] + o] = value / static_cast<T>(entries);
-        }
-    });
-    return true;
-}
+
+    const ConvShape& s_;
+    Scratch<T> values_;
+    Scratch<int64_t> offsets_;  // of a window's entries from its first on, line by line
+    Scratch<T> best_, place_;   // of one window
+    Scratch<uint8_t> marked_;
+    std::vector<int64_t> windows_, rows_, columns_;
+    int64_t span_;
+};
 
 // Output rows first .. last. start: a plane full of the bias; out: [R, outputs]; chosen: the same or null.
 template <typename T>
 void conv_rows(const ConvShape& s, const Events<T>& input, const T* packed, const T* start, int64_t first, int64_t last,
                T* out, uint8_t* chosen) {
-    ConvScratch<T> scratch(s);
-    T* plane = scratch.plane.get();
+    Plane<T> plane(s);
+    const int64_t outputs = s.outputs();
+    Scratch<T> blank(outputs);  // the output of a row without events
+    Scratch<uint8_t> blank_chosen(outputs);
+    std::memcpy(plane.at(0, 0), start, static_cast<size_t>(s.plane()) * sizeof(T));
+    plane.mark_all();
+    plane.pool(blank.get(), blank_chosen.get());
+    plane.restore(start);
     for (int64_t row = first; row < last; ++row) {
-        std::memcpy(plane, start, static_cast<size_t>(s.plane()) * sizeof(T));
-        for (int64_t e = input.row_ptr[row]; e < input.row_ptr[row + 1]; ++e) {
+        const int64_t begin = input.row_ptr[row], end = input.row_ptr[row + 1];
+        plane.mark(input.indices, begin, end);
+        for (int64_t e = begin; e < end; ++e) {
             const T value = input.values == nullptr ? T(1) : input.values[e];
-            for_reached(s, input.indices[e],
-                        [&](int64_t at, int64_t from, int64_t n) { add_run(plane + at, packed + from, n, value); });
+            for_reached(s, input.indices[e], [&](int64_t y, int64_t x, int64_t n, int64_t from) {
+                add_run(plane.at(y, x), packed + from, n * s.out_channels, value);
+            });
         }
-        pool_plane(s, scratch, out + row * s.outputs(), chosen == nullptr ? nullptr : chosen + row * s.outputs());
+        std::memcpy(out + row * outputs, blank.get(), static_cast<size_t>(outputs) * sizeof(T));
+        if (chosen != nullptr) std::memcpy(chosen + row * outputs, blank_chosen.get(), static_cast<size_t>(outputs));
+        plane.pool(out + row * outputs, chosen == nullptr ? nullptr : chosen + row * outputs);
+        plane.restore(start);
     }
 }
 
@@ -225,33 +256,37 @@ template <typename T>
 void conv_rows_backward(const ConvShape& s, const Events<T>& input, const T* packed, const T* grad,
                         const uint8_t* chosen, int64_t first, int64_t last, const ConvGrads<T>& grads) {
     using V = Vec<T>;
-    ConvScratch<T> scratch(s);
-    const T* plane = scratch.plane.get();
+    Plane<T> plane(s);
     const V zero = V::all(T(0));
     const int64_t places = s.pooled();
-    const Rows& wanted = grads.wanted;
     for (int64_t row = first; row < last; ++row) {
         const T* of_row = grad + row * s.outputs();
-        const bool any = unpool_plane(s, of_row, chosen == nullptr ? nullptr : chosen + row * s.outputs(), scratch);
-        if (grads.input != nullptr)
-            for (int64_t e = wanted.row_ptr[row]; e < wanted.row_ptr[row + 1]; ++e) {
-                V sums[4] = {zero, zero, zero, zero};
-                if (any)
-                    for_reached(s, wanted.indices[e], [&](int64_t at, int64_t from, int64_t n) {
-                        add_products(plane + at, packed + from, n, sums);
-                    });
-                grads.input[e - wanted.row_ptr[0]] = ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
-            }
-        if (!any) continue;
-        if (grads.bias != nullptr)
-            for (int64_t o = 0; o < s.out_channels; ++o)
-                for (int64_t p = 0; p < places; ++p) grads.bias[o] += of_row[o * places + p];
-        if (grads.weight == nullptr) continue;
-        for (int64_t e = input.row_ptr[row]; e < input.row_ptr[row + 1]; ++e) {
-            const T value = input.values == nullptr ? T(1) : input.values[e];
-            for_reached(s, input.indices[e], [&](int64_t at, int64_t from, int64_t n) {
-                add_run(grads.weight + from, plane + at, n, value);
+        const Span events = row_of(input, row);
+        const Span wanted = grads.input == nullptr ? Span{0, 0} : row_of(grads.wanted, row);
+        if (grads.weight != nullptr) plane.mark(input.indices, events.begin, events.end);
+        plane.mark(grads.wanted.indices, wanted.begin, wanted.end);
+        plane.unpool(of_row, chosen == nullptr ? nullptr : chosen + row * s.outputs());
+        for (int64_t e = wanted.begin; e < wanted.end; ++e) {
+            V sums[4] = {zero, zero, zero, zero};
+            for_reached(s, grads.wanted.indices[e], [&](int64_t y, int64_t x, int64_t n, int64_t from) {
+                add_products(plane.at(y, x), packed + from, n * s.out_channels, sums);
             });
+            grads.input[e - grads.wanted.row_ptr[0]] = ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
+        }
+        if (grads.weight != nullptr)
+            for (int64_t e = events.begin; e < events.end; ++e) {
+                const T value = input.values == nullptr ? T(1) : input.values[e];
+                for_reached(s, input.indices[e], [&](int64_t y, int64_t x, int64_t n, int64_t from) {
+                    add_run(grads.weight + from, static_cast<const T*>(plane.at(y, x)), n * s.out_channels, value);
+                });
+            }
+        plane.restore(nullptr);
+        if (grads.bias == nullptr) continue;
+        for (int64_t o = 0; o < s.out_channels; ++o) {
+            V sum = zero;
+            for (int64_t p = 0; p < places; p += V::width)
+                sum = sum + V::load(of_row + o * places + p, static_cast<int>(std::min<int64_t>(V::width, places - p)));
+            grads.bias[o] += sum.sum();
         }
     }
 }
