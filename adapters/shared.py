@@ -16,7 +16,7 @@ from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent, WeightCache, defer, is_finite, unusual
 from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.events import EventTensor
-from sparse_backend.tensorlike import TensorLike, implements
+from sparse_backend.tensorlike import TensorLike
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.functions import record_convolution
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, use
@@ -330,12 +330,3 @@ def record_linear(
     elif kind is Placeholder and not input._dense_only:
         site.input_spec = input.spec
     return site.add((ref,))[0]
-
-
-_functional = torch.nn.functional
-
-
-@implements(_functional.dropout, _functional.dropout1d, _functional.dropout2d, _functional.dropout3d)
-def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    """`nn.Dropout` where nothing is dropped, in evaluation: the same object, as torch has it."""
-    return x if 0 <= p <= 1 and (not training or p == 0) and isinstance(x, TensorLike) else NotImplemented

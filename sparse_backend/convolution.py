@@ -168,7 +168,7 @@ _WHY_BUSY = f"more than {100 * policy.MAX_INPUT:.0f} % of its input is not zero"
 def why_dense(images: Any) -> str:
     """Why images that are no events are none."""
     if isinstance(images, Tensor) and images.requires_grad:
-        return "its input is dense and has a gradient: spikes went through a layer that is not on events"
+        return "its input is dense and has a gradient: neurons ran densely, or a layer behind them is not on events"
     return _WHY_BUSY if available(images.device) else "it has no kernels here"
 
 

@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparse_backend import _native
-from sparse_backend.ops.events import call_events_sum, call_events_to_dense, events_from_dense
+from sparse_backend.ops.events import call_events_sum, call_events_to_dense, events_from_dense, events_gather
 from sparse_backend.tensorlike import TensorLike, implements, outside_saved_tensor_hooks
 
 _INT32_MAX = 2**31 - 1
@@ -472,6 +473,31 @@ class EventTensor(TensorLike):
         view._view_of = self
         return view
 
+    def masked(self, mask: Tensor) -> EventTensor:
+        """`self * mask`, where the mask is finite and has no gradient. mask: of this shape and dtype"""
+        flat = mask.detach().reshape(self.rows, self.columns)
+        row_ptr, indices, values, kept = _kept(flat, self.row_ptr, self.indices)
+        if self.values is not None:
+            values = values * self._weights()[kept]
+        handle, active_ptr, active_indices = self.handle, self.active_ptr, self.active_indices
+        if handle is not None and active_ptr is not None and active_indices is not None:
+            active_ptr, active_indices, factors, kept = _kept(flat, active_ptr, active_indices)
+            handle = handle[kept] * factors
+        elif handle is not None:
+            handle = handle * mask
+        return EventTensor(
+            self.shape,
+            row_ptr,
+            indices,
+            values,
+            handle=handle,
+            active_ptr=active_ptr,
+            active_indices=active_indices,
+            dtype=self.dtype,
+            columns=self.columns,
+            check=False,
+        )
+
     def _weights(self) -> Tensor:
         """What each event counts: [nnz]."""
         begin, end = int(self.row_ptr[0]), int(self.row_ptr[-1])
@@ -617,6 +643,17 @@ def _are_rows(shape: Sequence[int], columns: int) -> bool:
     return False
 
 
+def _kept(mask: Tensor, row_ptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The entries where the mask is not zero: row pointers, indices, the mask there, and which of all they are."""
+    begin, end = int(row_ptr[0]), int(row_ptr[-1])
+    row_ptr, indices = row_ptr - begin, indices[begin:end]
+    values = events_gather(mask, row_ptr, indices)
+    kept = values.nonzero().squeeze(1)
+    before = torch.zeros(indices.shape[0] + 1, dtype=torch.int32, device=indices.device)
+    torch.cumsum(values != 0, 0, dtype=torch.int32, out=before[1:])
+    return before[row_ptr], indices[kept], values[kept], kept
+
+
 def _join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """CSR structures of as many columns, row pointers and indices, one below the other."""
     pointers, indices, offset = [parts[0][0][:1] * 0], [], 0
@@ -678,6 +715,28 @@ def _sum(input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None
     parts = (input.row_ptr, input.indices, values, input.active_ptr, input.active_indices)
     flat = call_events_sum(like, *parts, input.columns, input.shape[0])
     return flat.view(input.shape[1:]).to(dtype)
+
+
+def masked(x: Any, mask: Tensor) -> Any:
+    """`x * mask` of a mask that dropout has drawn."""
+    return x.masked(mask) if type(x) is EventTensor and x.is_events else x * mask
+
+
+def _implement_dropout(function: Any) -> None:
+    @implements(function)
+    def dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        """What nothing is dropped from, in evaluation, is the same object, as torch has it; spikes stay events."""
+        if not isinstance(x, TensorLike) or not 0 <= p <= 1:
+            return NotImplemented
+        if not training or p == 0:
+            return x
+        if type(x) is not EventTensor or not x.is_events or p == 1 or inplace or not x.numel():
+            return NotImplemented
+        return masked(x, function(torch.ones(x.shape, dtype=x.dtype, device=x.device), p, True))
+
+
+for _dropout in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
+    _implement_dropout(_dropout)
 
 
 @implements(torch.Tensor.to_dense)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_backend import autocasting, convolution, policy
-from sparse_backend.events import EventTensor
+from sparse_backend.events import EventTensor, masked
 from sparse_backend.tensorlike import TensorLike, dense
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, paused, take
@@ -44,7 +44,7 @@ _ELEMENTWISE = {
     Tensor.floor, torch.sign, Tensor.sign, torch.sin, Tensor.sin, torch.cos, Tensor.cos, torch.erf, Tensor.erf,
     torch.log1p, Tensor.log1p, torch.rsqrt, Tensor.rsqrt, torch.reciprocal, Tensor.reciprocal, Tensor.__rpow__,
     torch.addcmul, Tensor.addcmul, torch.lerp, Tensor.lerp, F.mish, F.softsign, F.logsigmoid,
-    Tensor.bool, Tensor.to,
+    Tensor.bool, Tensor.to, masked,
 }  # fmt: skip
 
 #: the same numbers in another shape
@@ -65,7 +65,7 @@ _SAMPLEWISE = {
 _IN_CHUNKS = {function for function, dims in _SAMPLEWISE.items() if dims}
 
 #: those that stand-ins answer with stand-ins: sequences of events stay events, convolutions of them make no image
-_OF_EVENTS = {F.conv2d, F.max_pool2d, torch.max_pool2d, F.avg_pool2d, *_RESHAPES}
+_OF_EVENTS = {F.conv2d, F.max_pool2d, torch.max_pool2d, F.avg_pool2d, masked, *_RESHAPES}
 
 _TRANSPOSES: set[Any] = {Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
 
@@ -354,7 +354,7 @@ def _dropout(
         return NotImplemented
     with paused(), torch.no_grad():
         mask = function(torch.ones(input.shape, dtype=input.dtype, device=input.device), p, True)
-    result = _record(into, torch.mul, (input, mask), {})
+    result = _record(into, masked, (input, mask), {})
     return result if result is not None else input.to_dense() * mask
 
 
