@@ -242,10 +242,10 @@ def convolution_forward(module: Any, input: Any) -> Any:
 
 
 def _recorded_convolution(into: Recording, module: Any, input: Tensor, events: EventTensor) -> Any:
-    """The call recorded where its input is a step of a longer tensor; run now, once, where it is given the same again
-    (a static image)."""
+    """The call recorded where its input is events or a slice of a longer tensor; run now, once, where it is given the
+    same again (a static image)."""
     weight, bias = module.weight, module.bias
-    if events.origin is not None if input is events else input._base is not None and is_watchable(input):
+    if input is events or (input._base is not None and is_watchable(input)):
         recorded = record_convolution(
             into, input, weight, bias, module.stride, module.padding, module.dilation, module.groups
         )

@@ -388,6 +388,11 @@ class EventTensor(TensorLike):
         """The tensor this is `x[t]` of, while somebody holds it."""
         return None if self._origin is None else self._origin()
 
+    @property
+    def step_of(self) -> EventTensor:
+        """The step this is a view of, or this one."""
+        return self if self._view_of is None else self._view_of.step_of
+
     def steps_like(self, steps: Sequence[Any]) -> EventTensor | None:
         """`x[first:last]` of this tensor if these are those steps of it, each as `step` gave it; None if not."""
         mine = self._steps or []
@@ -427,6 +432,15 @@ class EventTensor(TensorLike):
     def stack(cls, steps: Sequence[EventTensor]) -> EventTensor:
         """Events [..., N] of one shape, one after another along a new first dimension. Compact handles go on learning,
         dense ones are left out."""
+        return cls._below_each_other(steps, (len(steps), *steps[0].shape))
+
+    @classmethod
+    def cat(cls, parts: Sequence[EventTensor]) -> EventTensor:
+        """The same along the first dimension they have."""
+        return cls._below_each_other(parts, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
+
+    @classmethod
+    def _below_each_other(cls, steps: Sequence[EventTensor], shape: Sequence[int]) -> EventTensor:
         row_ptr, indices = _join([(step.row_ptr, step.indices) for step in steps])
         values = None
         if any(step.values is not None for step in steps):
@@ -434,16 +448,16 @@ class EventTensor(TensorLike):
         handle = active_ptr = active_indices = None
         handles = [step.handle if step.learns and step.active_ptr is not None else None for step in steps]
         if any(part is not None for part in handles):
-            nobody: Any = torch.zeros_like(steps[0].row_ptr), indices[:0]
-            active_ptr, active_indices = _join(
-                [
-                    nobody if part is None else (step.active_ptr, step.active_indices)
-                    for step, part in zip(steps, handles, strict=True)
-                ]
-            )
+            active: list[Any] = [
+                (torch.zeros_like(step.row_ptr), indices[:0])
+                if part is None
+                else (step.active_ptr, step.active_indices)
+                for step, part in zip(steps, handles, strict=True)
+            ]
+            active_ptr, active_indices = _join(active)
             handle = torch.cat([part for part in handles if part is not None])
         return cls(
-            (len(steps), *steps[0].shape),
+            shape,
             row_ptr,
             indices,
             values,

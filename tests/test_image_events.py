@@ -1,4 +1,4 @@
-"""Events of images: pooling, dropout, parts of a sequence and Norse's `Lift`, against what torch makes of dense images."""
+"""Events of images: pooling, dropout, parts of a sequence, and Norse's `Lift`, against torch on dense images."""
 
 from __future__ import annotations
 

@@ -296,6 +296,8 @@ def _stacked(tensors: Any, dim: int = 0, **_: Any) -> Any:
         pieces.append(node.run.hand_out(here[0][1]))
     if len(pieces) == 1:
         return pieces[0]
+    if all(type(piece) is EventTensor and (piece.active_ptr is not None or not piece.learns) for piece in pieces):
+        return EventTensor.cat(pieces)
     return torch.cat([piece.to_dense() if isinstance(piece, TensorLike) else piece for piece in pieces])
 
 
@@ -460,7 +462,7 @@ def _frame(value: Any, into: Recording, tensors: list[Any], fixed: list[Tensor],
             return None
         tensors.append(value)
         return _Hole(len(tensors) - 1, None)
-    if kind is EventTensor and value.is_events and value.origin is not None:
+    if kind is EventTensor and value.is_events:
         tensors.append(value)
         return _Hole(len(tensors) - 1, None)
     if isinstance(value, Tensor):

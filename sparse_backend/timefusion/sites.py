@@ -26,7 +26,7 @@ def collect(refs: Sequence[Any]) -> Any:
         if sequence is not None:
             return sequence
     elif type(first) is EventTensor:
-        whole = None if first.origin is None else first.origin.steps_like(refs)
+        whole = _events(refs)
         if whole is not None:
             return whole
     elif type(first) is DeferredCurrent:
@@ -38,6 +38,22 @@ def collect(refs: Sequence[Any]) -> Any:
         if whole is not None:
             return whole
     return torch.stack([dense(value(ref)) for ref in refs])
+
+
+def _events(refs: Sequence[Any]) -> EventTensor | None:
+    """The caller's own events as one sequence: what they are steps of, or copies of them one below the other."""
+    first = refs[0]
+    if any(
+        type(ref) is not EventTensor or not ref.is_events or ref.shape != first.shape or ref.columns != first.columns
+        for ref in refs
+    ):
+        return None
+    steps = [ref.step_of for ref in refs]
+    whole = None if steps[0].origin is None else steps[0].origin.steps_like(steps)
+    if whole is not None:
+        shape = torch.Size((len(refs), *first.shape))
+        return whole if whole.shape == shape else whole.reshaped(shape)
+    return None if any(ref.learns and ref.active_ptr is None for ref in refs) else EventTensor.stack(refs)
 
 
 def _whole_run(refs: Sequence[Any]) -> Any:
