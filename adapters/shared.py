@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparse_backend import autocasting, convolution, policy
-from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent, WeightCache, defer, is_finite, unusual
 from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.events import EventTensor
@@ -20,7 +19,7 @@ from sparse_backend.tensorlike import TensorLike
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.functions import record_convolution
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, use
-from sparse_backend.timefusion.sites import LinearSite
+from sparse_backend.timefusion.sites import LinearSite, once
 
 _FLOATS = (torch.float32, torch.float64)
 _SKIP_FIRST, _SKIP_MOST = 16, 1024
@@ -230,36 +229,24 @@ def convolution_forward(module: Any, input: Any) -> Any:
     """An enabled `nn.Conv2d`'s forward: torch's own, given events where its dense input has few nonzero entries."""
     if torch.compiler.is_compiling() or autocasting.is_on() or unusual() is not None:
         return own_forward(module)(module, input)
-    events = module.__dict__[STATE].events_of(input, 3) if convolution.can_be_events(input) else input
-    if type(events) is not EventTensor:
-        if type(input) is not Placeholder:
-            convolution.paths[module.weight] = convolution.why_dense(input)
-        return own_forward(module)(module, input)
+    images = module.__dict__[STATE].events_of(input, 3) if convolution.can_be_events(input) else input
+    if images is None:
+        images = input
+        convolution.paths[module.weight] = convolution.why_dense(input)
     into = recorder.current()
-    if into is None or module.padding_mode != "zeros":
-        return own_forward(module)(module, events)
-    return _recorded_convolution(into, module, input, events)
-
-
-def _recorded_convolution(into: Recording, module: Any, input: Tensor, events: EventTensor) -> Any:
-    """The call recorded where its input is events or a slice of a longer tensor; run now, once, where it is given the
-    same again (a static image)."""
-    weight, bias = module.weight, module.bias
-    if input is events or (input._base is not None and is_watchable(input)):
+    if into is None or module.padding_mode != "zeros" or type(input) not in (Tensor, EventTensor):
+        return own_forward(module)(module, images)
+    whole = type(input) is EventTensor or input._base is not None
+    if whole and type(images) is EventTensor and (images is input or is_watchable(input)):
         recorded = record_convolution(
-            into, input, weight, bias, module.stride, module.padding, module.dilation, module.groups
+            into, input, module.weight, module.bias, module.stride, module.padding, module.dilation, module.groups
         )
         if recorded is not None:
             return recorded
-    before = into.again.get(module)
-    if before is not None:
-        of_weight, of_bias, result = before
-        if of_weight is weight and of_bias is bias and result.is_again(events, weight, bias):
-            return result
-    result = own_forward(module)(module, events)
-    if type(result) is DeferredConvolution:
-        into.again[module] = weight, bias, result
-    return result
+    call = functools.partial(own_forward(module), module, images)
+    if whole or input.requires_grad or not is_watchable(input):
+        return call()
+    return once(into, module, (input, module.weight, module.bias), call)
 
 
 def batch_norm_forward(module: Any, input: Any) -> Any:

@@ -28,7 +28,7 @@ _MOST_OF_WINDOW = 256  #: the place of a maximum in its window is kept in one by
 class DeferredConvolution(TensorLike):
     """events [..., C, H, W], weight [O, C, kh, kw], bias [O] -> current [..., O, H', W'], when somebody asks."""
 
-    __slots__ = ("_dense", "_learns", "_pooled", "_version", "_view_of", "dtype", "events", "geometry", "hub", "shape")
+    __slots__ = ("_dense", "_learns", "_view_of", "dtype", "events", "geometry", "hub", "shape")
 
     def __init__(self, events: EventTensor, hub: WeightHub, geometry: Geometry, lead: Sequence[int]) -> None:
         """lead: the dimensions before the image's, as many rows as the events have."""
@@ -38,7 +38,6 @@ class DeferredConvolution(TensorLike):
         self.dtype = weight.dtype
         self._dense: Tensor | None = None
         self._view_of: DeferredConvolution | None = None
-        self._pooled: DeferredConvolution | None = None
         self._learns = torch.is_grad_enabled()
 
     @property
@@ -55,7 +54,6 @@ class DeferredConvolution(TensorLike):
         if self._dense is None:
             if self._view_of is not None:
                 self._dense = self._view_of.to_dense().view(self.shape)
-                self._version = _version(self._dense)
                 return self._dense
             events, hub = self.events, self.hub
             hub.check_unchanged()
@@ -66,40 +64,18 @@ class DeferredConvolution(TensorLike):
                 )  # fmt: skip
             # Not a view: users detach_() currents as they do any tensor.
             self._dense = torch.ops.aten._unsafe_view(flat, self.shape)
-            self._version = _version(self._dense)
         return self._dense
-
-    @property
-    def is_as_made(self) -> bool:
-        """Whether nobody can have written to what it stands for."""
-        return not self._dense_only and (self._dense is None or _version(self._dense) == self._version)
-
-    def is_again(self, events: EventTensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether these events and the parameters it was made of would give the same again."""
-        hub, learns = self.hub, torch.is_grad_enabled()
-        return (
-            self.events is events
-            and self._learns is learns
-            and hub.given.requires_grad is (learns and weight.requires_grad)
-            and (hub.bias is None or bias is None or hub.bias.requires_grad is (learns and bias.requires_grad))
-            and self.is_as_made
-            and hub.is_unchanged
-        )
 
     def pooled(self, pool: int, kernel: tuple[int, int]) -> DeferredConvolution | None:
         """Windows side by side of this; None where that is not one more step of the op."""
         geometry, (height, width) = self.geometry, self.shape[-2:]
         if geometry.pool != NO_POOL or self._dense is not None or self._view_is_dense():
             return None
-        again = self._pooled
-        if again is not None and again.is_as_made and again.geometry[-3:] == (pool, *kernel):
-            return again
         if not (0 < kernel[0] <= height and 0 < kernel[1] <= width and kernel[0] * kernel[1] <= _MOST_OF_WINDOW):
             return None
         geometry = geometry._replace(pool=pool, pool_h=kernel[0], pool_w=kernel[1])
         with torch.set_grad_enabled(self._learns):
-            self._pooled = DeferredConvolution(self.events, self.hub, geometry, self.shape[:-3])
-        return self._pooled
+            return DeferredConvolution(self.events, self.hub, geometry, self.shape[:-3])
 
     def _view_is_dense(self) -> bool:
         return self._view_of is not None and self._view_of._dense is not None
@@ -114,10 +90,6 @@ class DeferredConvolution(TensorLike):
 
     def __repr__(self) -> str:
         return f"DeferredConvolution(shape={list(self.shape)}, from={self.events!r})"
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def available(device: torch.device) -> bool:

@@ -82,7 +82,10 @@ def values(out: Any) -> Any:
 def _own(placeholder: Placeholder) -> Any:
     """A value that leaves the forward: not a view of all steps, which its owner could not write to."""
     value = placeholder.value()
-    return value.clone() if type(value) is torch.Tensor and value._base is not None and value.requires_grad else value
+    if type(value) is not torch.Tensor:
+        return value
+    shared = (value._base is not None and value.requires_grad) or placeholder.ref[0].run.is_constant  # type: ignore[union-attr]
+    return value.clone() if shared else value
 
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)

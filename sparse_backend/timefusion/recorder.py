@@ -272,6 +272,15 @@ class Site:
     def add(self, inputs: tuple[Any, ...], states: tuple[Any, ...] = ()) -> list[Placeholder]:
         """Record one call; returns a placeholder for each output."""
         node = Node(self, inputs, states)
+        made = self.placeholders(node)
+        if self.states_at < len(self.specs):
+            node.watch_outputs(made)
+        self.queue.append(node)
+        self.recording.pending.append(node)
+        return made
+
+    def placeholders(self, node: Node) -> list[Placeholder]:
+        """One for each output of a call."""
         specs = self.specs
         output = _make_subclass(Placeholder, NOTHING, True)
         output.ref, output.spec = (node, 0), specs[0]
@@ -280,10 +289,6 @@ class Site:
             output = _make_subclass(Placeholder, NOTHING, True)
             output.ref, output.spec = (node, slot), specs[slot]
             made.append(output)
-        if self.states_at < len(specs):
-            node.watch_outputs(made)
-        self.queue.append(node)
-        self.recording.pending.append(node)
         return made
 
     def read_again(self) -> None:
@@ -316,7 +321,7 @@ class Recording:
         self.longest = 0  #: steps of the longest run so far
         self.holders: list[Any] = []  #: states of layers that know their last call's site
         self.put_back: dict[Any, Callable[[], None]] = {}  #: module that holds its own state -> gives it values
-        self.again: dict[Any, tuple[Any, ...]] = {}  #: module -> what its last call was given, and gave
+        self.given: dict[Any, tuple[Any, Site]] = {}  #: module -> what its last call was given, and what gives it again
         self.forced = 0  #: how often numbers were needed before the forward ended
         self.forced_by: str | None = None  #: the user's line that first needed one
 
@@ -332,7 +337,7 @@ class Recording:
         self.holders.clear()
         self.sites.clear()
         self.put_back.clear()
-        self.again.clear()
+        self.given.clear()
 
     def accepts(self) -> bool:
         """Whether a call made now may be recorded: torch is in the state that recorded calls will run under. Inside

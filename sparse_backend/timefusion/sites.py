@@ -12,7 +12,7 @@ from sparse_backend import policy
 from sparse_backend.deferred import DeferredCurrent, defer, is_finite
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike
-from sparse_backend.timefusion.recorder import Node, Recording, Run, Site, value
+from sparse_backend.timefusion.recorder import Node, Placeholder, Recording, Run, Site, value
 
 _NOTHING = object()
 
@@ -136,6 +136,35 @@ class Constant(Run):
 def share(nodes: Sequence[Node], run: Run) -> None:
     for index, node in enumerate(nodes):
         node.run, node.index = run, index
+
+
+class GivenSite(Site):
+    """What was computed at once, and is the result of every call that would compute it again."""
+
+    def __init__(self, recording: Recording, result: Any) -> None:
+        super().__init__(recording)
+        learns = result.learns if isinstance(result, TensorLike) else result.requires_grad
+        self.outputs(result.device, (result.shape, result.dtype, learns))
+        self.node = Node(self, (), ())
+        share([self.node], Constant(result))
+
+
+def once(into: Recording, module: Any, tensors: Sequence[Tensor | None], call: Callable[[], Any]) -> Placeholder:
+    """What a module gives for these tensors: computed now, and not again where the next step gives it the same (a
+    static image)."""
+    known = (
+        Recording.mode(),
+        *((tensor, None if tensor is None else (tensor._version, tensor.requires_grad)) for tensor in tensors),
+    )
+    before = into.given.get(module)
+    if before is None or not _are_same(before[0], known):
+        before = into.given[module] = known, GivenSite(into, call())
+    site: Any = before[1]
+    return site.placeholders(site.node)[0]
+
+
+def _are_same(before: Any, now: Any) -> bool:
+    return before[0] is now[0] and all(a[0] is b[0] and a[1] == b[1] for a, b in zip(before[1:], now[1:], strict=True))
 
 
 class FunctionSite(Site):
