@@ -11,6 +11,9 @@ namespace {
 // Partial sums of a weight gradient take no more bytes than this, and are no more than this.
 constexpr int64_t kPartialBytes = 64 << 20, kPartials = 16;
 
+// The place of a maximum in its window is kept in one byte.
+constexpr int64_t kLargestWindow = 256;
+
 ConvShape shape_of(const Tensor& weight, int64_t height, int64_t width, int64_t stride_h, int64_t stride_w,
                    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t pool,
                    int64_t pool_h, int64_t pool_w) {
@@ -20,17 +23,42 @@ ConvShape shape_of(const Tensor& weight, int64_t height, int64_t width, int64_t 
     s.out_channels = weight.size(0), s.kernel_h = weight.size(2), s.kernel_w = weight.size(3);
     s.stride_h = stride_h, s.stride_w = stride_w, s.padding_h = padding_h, s.padding_w = padding_w;
     s.dilation_h = dilation_h, s.dilation_w = dilation_w;
-    STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && dilation_h > 0 && dilation_w > 0 && padding_h >= 0 &&
-                        padding_w >= 0 && pool_h > 0 && pool_w > 0 && pool >= kNoPool && pool <= kAveragePool &&
-                        pool_h * pool_w <= 256,
-                    "event_conv: wrong stride, padding, dilation or pooling");
-    s.out_height = (height + 2 * padding_h - dilation_h * (s.kernel_h - 1) - 1) / stride_h + 1;
-    s.out_width = (width + 2 * padding_w - dilation_w * (s.kernel_w - 1) - 1) / stride_w + 1;
+    STD_TORCH_CHECK(weight.numel() > 0, "weight: expected some entries, got none");
+    STD_TORCH_CHECK(height > 0 && width > 0, "event_conv: expected an image with entries, got [", height, ", ", width,
+                    "]");
+    STD_TORCH_CHECK(stride_h > 0 && stride_w > 0, "stride: expected positive numbers, got ", stride_h, ", ", stride_w);
+    STD_TORCH_CHECK(padding_h >= 0 && padding_w >= 0, "padding: expected no negative numbers, got ", padding_h, ", ",
+                    padding_w);
+    STD_TORCH_CHECK(dilation_h > 0 && dilation_w > 0, "dilation: expected positive numbers, got ", dilation_h, ", ",
+                    dilation_w);
+    STD_TORCH_CHECK(kNoPool <= pool && pool <= kAveragePool, "pool: expected 0, 1 or 2, got ", pool);
+    const int64_t largest = pool == kNoPool ? 1 : kLargestWindow;
+    STD_TORCH_CHECK(pool_h > 0 && pool_w > 0 && pool_h * pool_w <= largest, "pool: expected a window of 1 to ", largest,
+                    " entries, got ", pool_h, " x ", pool_w);
+    const int64_t room_h = height + 2 * padding_h - dilation_h * (s.kernel_h - 1) - 1,
+                  room_w = width + 2 * padding_w - dilation_w * (s.kernel_w - 1) - 1;
+    STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "event_conv: expected an image no smaller than the kernel, got [",
+                    height, ", ", width, "] for a kernel of [", s.kernel_h, ", ", s.kernel_w, "]");
+    s.out_height = room_h / stride_h + 1, s.out_width = room_w / stride_w + 1;
     s.pool = static_cast<int>(pool), s.pool_h = pool_h, s.pool_w = pool_w;
     s.pooled_h = s.out_height / pool_h, s.pooled_w = s.out_width / pool_w;
-    STD_TORCH_CHECK(s.pooled_h > 0 && s.pooled_w > 0,
-                    "event_conv: expected an input larger than kernel and window, got [", height, ", ", width, "]");
+    STD_TORCH_CHECK(s.pooled_h > 0 && s.pooled_w > 0, "pool: expected a window within [", s.out_height, ", ",
+                    s.out_width, "], got ", pool_h, " x ", pool_w);
     return s;
+}
+
+// What the forward kept of a maximum: one place in its window for each entry of the output.
+void check_chosen(const MaybeTensor& chosen, int64_t entries, int64_t window) {
+    STD_TORCH_CHECK(chosen.has_value() && chosen->scalar_type() == ScalarType::Byte,
+                    "chosen: expected uint8 as the forward kept it, got another");
+    STD_TORCH_CHECK(chosen->numel() == entries, "chosen: expected ", entries, " entries, got ", chosen->numel());
+#ifdef SPARSE_BACKEND_CHECK_INDICES
+    for (int64_t i = 0; i < entries; ++i)
+        STD_TORCH_CHECK(output<uint8_t>(*chosen)[i] < window, "chosen: place ", output<uint8_t>(*chosen)[i],
+                        " outside 0..", window - 1);
+#else
+    (void)window;
+#endif
 }
 
 // Rows for one task: none worth less than waking a thread.
@@ -49,7 +77,7 @@ std::tuple<Tensor, Tensor> event_conv(const Tensor& row_ptr, const Tensor& indic
     const int64_t n_rows = row_ptr.numel() - 1;
     check_events(row_ptr, indices, n_rows, s.channels * height * width, "events");
     STD_TORCH_CHECK(!bias.has_value() || bias->numel() == s.out_channels, "bias: expected ", s.out_channels,
-                    " entries");
+                    " entries, got ", bias->numel());
     Tensor out = empty(weight, {n_rows, s.outputs()});
     keep = keep && pool == kMaxPool;
     Tensor chosen = torch::stable::new_empty(weight, {keep ? n_rows : 0, s.outputs()}, ScalarType::Byte);
@@ -74,19 +102,20 @@ std::tuple<Tensor, Tensor> event_conv(const Tensor& row_ptr, const Tensor& indic
 
 std::tuple<Tensor, Tensor, Tensor> event_conv_backward(
     const Tensor& given_grad, const Tensor& row_ptr, const Tensor& indices, MaybeTensor values, MaybeTensor active_ptr,
-    MaybeTensor active_indices, const Tensor& given_weight, MaybeTensor chosen, int64_t height, int64_t width,
+    MaybeTensor active_indices, const Tensor& given_weight, MaybeTensor given_chosen, int64_t height, int64_t width,
     int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
     int64_t pool, int64_t pool_h, int64_t pool_w, bool need_input, bool need_weight, bool need_bias) {
     const Tensor grad = torch::stable::contiguous(given_grad), weight = torch::stable::contiguous(given_weight);
+    const MaybeTensor chosen = contiguous(given_chosen);
     const ConvShape s = shape_of(weight, height, width, stride_h, stride_w, padding_h, padding_w, dilation_h,
                                  dilation_w, pool, pool_h, pool_w);
     const int64_t n_rows = row_ptr.numel() - 1;
-    STD_TORCH_CHECK(grad.numel() == n_rows * s.outputs(), "grad: expected ", n_rows * s.outputs(), " entries");
-    STD_TORCH_CHECK(pool != kMaxPool || (chosen.has_value() && chosen->numel() == grad.numel() &&
-                                         chosen->scalar_type() == ScalarType::Byte),
-                    "chosen: expected what the forward kept");
+    STD_TORCH_CHECK(grad.numel() == n_rows * s.outputs(), "grad: expected ", n_rows * s.outputs(), " entries, got ",
+                    grad.numel());
+    if (pool == kMaxPool) check_chosen(chosen, grad.numel(), pool_h * pool_w);
     check_events(row_ptr, indices, n_rows, s.channels * height * width, "events");
-    STD_TORCH_CHECK(!need_input || (active_ptr.has_value() && active_indices.has_value()), "active: expected entries");
+    STD_TORCH_CHECK(!need_input || (active_ptr.has_value() && active_indices.has_value()),
+                    "active: expected entries, got none");
     if (need_input) check_events(*active_ptr, *active_indices, n_rows, s.channels * height * width, "active");
     Tensor grad_input = empty(grad, {need_input ? active_indices->numel() : 0});
     Tensor grad_weight = need_weight ? torch::stable::empty_like(weight) : empty(grad, {0});

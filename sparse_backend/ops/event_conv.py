@@ -60,11 +60,11 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     needs = ctx.needs_input_grad
     need_input = handle is not None and needs[3]
     ctx.need = (need_input, needs[6], bias is not None and needs[7])
-    ctx.geometry = geometry
+    ctx.geometry = Geometry(*geometry)
     active = (active_ptr, active_indices) if need_input else (None, None)
     _, chosen = output
     ctx.mark_non_differentiable(chosen)
-    ctx.save_for_backward(row_ptr, indices, values, *active, weight, chosen if chosen.numel() else None)
+    ctx.save_for_backward(row_ptr, indices, values, *active, weight, chosen if ctx.geometry.pool == MAX_POOL else None)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:

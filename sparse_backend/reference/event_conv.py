@@ -86,9 +86,11 @@ def event_conv(
         windows = geometry.windows(plane)
         out = windows.mean(-1) if geometry.pool == AVERAGE_POOL else windows.amax(-1)
         if geometry.pool == MAX_POOL and keep:
-            # The first of equals, as torch's pooling has it; argmax promises none.
-            first = (windows == out.unsqueeze(-1)) | windows.isnan()
-            chosen = first.to(torch.uint8).argmax(-1).to(torch.uint8)
+            # The first of equals, the last that is no number, as torch's pooling has it; argmax promises neither.
+            size = windows.shape[-1]
+            order = torch.arange(size, device=windows.device)
+            of_equals = torch.where(windows == out.unsqueeze(-1), size - order, 0)
+            chosen = torch.where(windows.isnan(), size + order, of_equals).argmax(-1).to(torch.uint8)
     rows, outputs = row_ptr.numel() - 1, weight.shape[0] * out.shape[2] * out.shape[3]
     return out.reshape(rows, outputs), chosen.reshape(rows if chosen.numel() else 0, outputs)
 
@@ -118,8 +120,7 @@ def event_conv_backward(
     elif geometry.pool == AVERAGE_POOL:
         window = geometry.pool_h * geometry.pool_w
         plane = geometry.from_windows((grad / window).unsqueeze(-1).expand(*grad.shape, window), weight)
-    none = grad.new_empty(0)
-    grad_input = grad_weight = none
+    grad_input, grad_weight, grad_bias = (grad.new_empty(0) for _ in range(3))
     image_shape = (grad.shape[0], channels, geometry.height, geometry.width)
     settings = (
         (geometry.stride_h, geometry.stride_w),
@@ -133,4 +134,6 @@ def event_conv_backward(
     if need_weight:
         image = scatter(row_ptr, indices, values, channels * geometry.height * geometry.width, grad.dtype)
         grad_weight = torch.nn.grad.conv2d_weight(image.view(image_shape), weight.shape, plane, *settings)
-    return grad_input, grad_weight, grad.sum((0, 2, 3)) if need_bias else none
+    if need_bias:
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_input, grad_weight, grad_bias
