@@ -92,7 +92,7 @@ _NORSE_CASES = (
 )
 _CONV = Case(
     "conv", 784, (12 * 12 * 12, 64 * 4 * 4), 10, steps=50, events=400, coding="latency", aim=3.0, aim_at="spikes",
-    batch=128, paths=(STOCK, LOOP, STEP, STOCK_NO_GRAD, LOOP_NO_GRAD), net="conv", image=(1, 28, 28),
+    batch=128, paths=(STOCK, LOOP, LOOP_EVENTS, STEP, STOCK_NO_GRAD, LOOP_NO_GRAD), net="conv", image=(1, 28, 28),
     layout="28x28 - 12C5 - MP2 - 64C5 - MP2 - 10", data="fashion_mnist",
 )  # fmt: skip
 
@@ -259,9 +259,13 @@ TARGETS: tuple[Target, ...] = (
         )
     ),
     Target("forced", LOOP, "whole", 1 / 1.05, STEP),
-    Target("conv", LOOP, "whole", 1.1),
-    Target("conv", LOOP, "kept", 1.0),
-    Target("conv", LOOP_NO_GRAD, "forward", 1.0, STOCK_NO_GRAD),
+    *(
+        target
+        for path in (LOOP, LOOP_EVENTS)
+        for target in (Target("conv", path, "whole", 3), Target("conv", path, "kept", 0.05))
+    ),
+    Target("conv", STEP, "whole", 2),
+    Target("conv", LOOP_NO_GRAD, "forward", 3, STOCK_NO_GRAD),
     *_sparse("norse-fmnist", 20, 30, kept=0.05),
     *_sparse("norse-shd", 200, 300, kept=0.05),
     *_whole("norse-shd", 8, 12, MENDED),

@@ -29,6 +29,11 @@ class Batch:
         dense = EventTensor(self.events.shape, self.events.row_ptr, self.events.indices, dtype=dtype).to_dense()
         return dense.unflatten(2, self.image) if self.image else dense
 
+    def as_events(self, dtype: torch.dtype) -> EventTensor:
+        """Events [T, B, *image]."""
+        events = self.events.to(dtype)
+        return events.reshaped(torch.Size((*events.shape[:2], *self.image))) if self.image else events
+
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.events.to(device), self.labels.to(device), self.image)
 

@@ -197,7 +197,7 @@ class Run:
         dtype = next(self.net.parameters()).dtype
         self.input: Tensor | EventTensor
         if path.input == "events":
-            self.input = batch.events.to(dtype)
+            self.input = batch.as_events(dtype)
         else:
             self.input = batch.dense(dtype) if dense is None else dense
         self.labels = batch.labels
