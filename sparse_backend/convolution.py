@@ -52,40 +52,42 @@ class DeferredConvolution(TensorLike):
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         if self._dense is None:
-            if self._view_of is not None:
-                self._dense = self._view_of.to_dense().view(self.shape)
-                return self._dense
-            events, hub = self.events, self.hub
-            hub.check_unchanged()
-            with torch.set_grad_enabled(self._learns), outside_saved_tensor_hooks():
-                flat, _ = call_event_conv(
-                    events.row_ptr, events.indices, events.values, events.handle, events.active_ptr,
-                    events.active_indices, hub.weight, hub.bias, *self.geometry, self.learns,
-                )  # fmt: skip
-            # Not a view: users detach_() currents as they do any tensor.
-            self._dense = torch.ops.aten._unsafe_view(flat, self.shape)
+            # In the mode it was made in, whoever asks first.
+            inference = torch.is_inference_mode_enabled() and not self._learns
+            with torch.inference_mode(inference), torch.set_grad_enabled(self._learns), outside_saved_tensor_hooks():
+                if self._view_of is not None:
+                    self._dense = self._view_of.to_dense().view(self.shape)
+                else:  # not a view: users detach_() currents as they do any tensor
+                    self._dense = torch.ops.aten._unsafe_view(self._convolved(), self.shape)
         return self._dense
+
+    def _convolved(self) -> Tensor:
+        """[R, entries of a row of the output]"""
+        events, hub = self.events, self.hub
+        hub.check_unchanged()
+        return call_event_conv(  # type: ignore[no-any-return]
+            events.row_ptr, events.indices, events.values, events.handle, events.active_ptr, events.active_indices,
+            hub.weight, hub.bias, *self.geometry, self.learns,
+        )[0]  # fmt: skip
 
     def pooled(self, pool: int, kernel: tuple[int, int]) -> DeferredConvolution | None:
         """Windows side by side of this; None where that is not one more step of the op."""
         geometry, (height, width) = self.geometry, self.shape[-2:]
-        if geometry.pool != NO_POOL or self._dense is not None or self._view_is_dense():
+        looked_at = self._dense is not None or (self._view_of is not None and self._view_of._dense is not None)
+        if geometry.pool != NO_POOL or looked_at:
             return None
         if not (0 < kernel[0] <= height and 0 < kernel[1] <= width and kernel[0] * kernel[1] <= _MOST_OF_WINDOW):
             return None
         geometry = geometry._replace(pool=pool, pool_h=kernel[0], pool_w=kernel[1])
-        with torch.set_grad_enabled(self._learns):
+        with torch.set_grad_enabled(self._learns and torch.is_grad_enabled()):
             return DeferredConvolution(self.events, self.hub, geometry, self.shape[:-3])
-
-    def _view_is_dense(self) -> bool:
-        return self._view_of is not None and self._view_of._dense is not None
 
     def as_view(self, shape: torch.Size) -> DeferredConvolution | None:
         """The same images under other leading dimensions."""
         if shape[-3:] != self.shape[-3:] or self._dense_only:
             return None
         view = DeferredConvolution(self.events, self.hub, self.geometry, shape[:-3])
-        view._learns, view._view_of = self._learns, self
+        view._learns, view._view_of = self._learns, self if self._view_of is None else self._view_of
         return view
 
     def __repr__(self) -> str:

@@ -319,13 +319,13 @@ class EventTensor(TensorLike):
 
     @property
     def has_steps(self) -> bool:
-        """Whether `x[t]` is some of the rows, and not a part of each."""
-        return len(self.shape) > 2 and _are_rows(self.shape[1:], self.columns)
+        """Whether `x[t]` is several rows, as a step of [T, B, ...] is."""
+        return len(self.shape) > 2 and _are_rows(self.shape[2:], self.columns)
 
     @property
     def learns(self) -> bool:  # type: ignore[override]
         if not self.is_events:
-            return self.to_dense().requires_grad
+            return self.to_dense().requires_grad if self._view_of is None else self._view_of.learns
         return self.handle is not None and self.handle.requires_grad
 
     @property
@@ -347,6 +347,11 @@ class EventTensor(TensorLike):
         if dense is not None and not self._dense_only and not dense.is_inference():
             self._dense_only = dense._version != self._dense_version  # written through a view of it
         return not self._dense_only and (self._view_of is None or self._view_of.is_events)
+
+    def dense_from_now_on(self) -> Tensor:
+        if self._view_of is not None:
+            self._view_of.dense_from_now_on()
+        return super().dense_from_now_on()
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         """The dense tensor [..., N]; made once, differentiable where the handle is, whoever asks first."""
@@ -389,9 +394,9 @@ class EventTensor(TensorLike):
         return None if self._origin is None else self._origin()
 
     @property
-    def step_of(self) -> EventTensor:
-        """The step this is a view of, or this one."""
-        return self if self._view_of is None else self._view_of.step_of
+    def whole(self) -> EventTensor:
+        """The tensor this is a view of, or this one."""
+        return self if self._view_of is None else self._view_of
 
     def steps_like(self, steps: Sequence[Any]) -> EventTensor | None:
         """`x[first:last]` of this tensor if these are those steps of it, each as `step` gave it; None if not."""
@@ -484,7 +489,7 @@ class EventTensor(TensorLike):
         if not _are_rows(shape, self.columns) or not self.is_events:
             return None
         view = self.reshaped(shape)
-        view._view_of = self
+        view._view_of = self.whole
         return view
 
     def masked(self, mask: Tensor) -> EventTensor:

@@ -423,7 +423,7 @@ def _record(
             size = dtype.itemsize * (first.shape.numel() + shape.numel())
             if function in _OF_EVENTS and convolution.available(first.device):
                 size /= policy.EVENT_CHUNKS
-            site.most, site.pulled = max(1, int(policy.CHUNK_BYTES // size)), False
+            site.most, site.pulled = max(1, int(policy.CHUNK_BYTES // max(size, 1))), False
     elif not site.queue:
         site.read_again()
     if writes:

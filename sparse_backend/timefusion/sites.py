@@ -48,7 +48,7 @@ def _events(refs: Sequence[Any]) -> EventTensor | None:
         for ref in refs
     ):
         return None
-    steps = [ref.step_of for ref in refs]
+    steps = [ref.whole for ref in refs]
     whole = None if steps[0].origin is None else steps[0].origin.steps_like(steps)
     if whole is not None:
         shape = torch.Size((len(refs), *first.shape))
