@@ -65,6 +65,9 @@ class DeferredConvolution(TensorLike):
         """[R, entries of a row of the output]"""
         events, hub = self.events, self.hub
         hub.check_unchanged()
+        if self.geometry.pool == NO_POOL and events.density > policy.MAX_CONVOLVED:
+            images = events.to_dense().view(-1, *events.shape[-3:])
+            return self.geometry.convolve(images, hub.weight, hub.bias).flatten(1)
         return call_event_conv(  # type: ignore[no-any-return]
             events.row_ptr, events.indices, events.values, events.handle, events.active_ptr, events.active_indices,
             hub.weight, hub.bias, *self.geometry, self.learns,

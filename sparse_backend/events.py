@@ -737,8 +737,8 @@ def _sum(input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None
 
 
 def masked(x: Any, mask: Tensor) -> Any:
-    """`x * mask` of a mask that dropout has drawn."""
-    return x.masked(mask) if type(x) is EventTensor and x.is_events else x * mask
+    """`x * mask` of a mask that dropout has drawn; of events on a CPU events, elsewhere it would wait for the device."""
+    return x.masked(mask) if type(x) is EventTensor and x.is_events and x.device.type == "cpu" else x * mask
 
 
 def _implement_dropout(function: Any) -> None:

@@ -24,7 +24,13 @@ MAX_INPUT = 0.25
 
 #: bytes of input and output that convolutions and pooling are given at once: more steps than that leave the cache
 CHUNK_BYTES = 4 << 20
+
+#: so many times that where they may run on events: the image before pooling is then never there
 EVENT_CHUNKS = 8
+
+#: input events above this fraction of all go through torch's convolution where no pooling is behind it; with pooling
+#: MAX_INPUT is the limit
+MAX_CONVOLVED = 0.15
 
 WEIGHT_RULES = {
     "by counts": linear_leaky.BY_COUNTS,

@@ -1844,16 +1844,17 @@ def test_a_busy_input_takes_torchs_own(calls: Calls, kind: str) -> None:
     assert not calls
 
 
-def test_the_limit_is_that_of_the_policy(calls: Calls) -> None:
+@pytest.mark.parametrize(("pooled", "events", "runs"), [(True, 8, 1), (True, 9, 0), (False, 4, 1), (False, 5, 0)])
+def test_the_limit_is_that_of_the_policy(calls: Calls, pooled: bool, events: int, runs: int) -> None:
     weight = normal((4, 2, 3, 3), 5)
-    for events, runs in ((8, 1), (9, 0)):
-        dense = torch.zeros(1, 2, 4, 4, dtype=F64)
-        dense.view(-1)[:events] = 1
-        assert (events / dense.numel() > policy.MAX_INPUT) is (runs == 0)
-        calls.clear()
-        got = F.conv2d(EventTensor.from_dense(dense, row_dims=3), weight) + 0
-        assert len(calls) == runs
-        assert_close(got, F.conv2d(dense, weight))
+    dense = torch.zeros(1, 2, 4, 4, dtype=F64)
+    dense.view(-1)[:events] = 1
+    limit = policy.MAX_INPUT if pooled else policy.MAX_CONVOLVED
+    assert (events / dense.numel() > limit) is (runs == 0)
+    current, expected = (F.conv2d(x, weight) for x in (EventTensor.from_dense(dense, row_dims=3), dense))
+    got = (two(current) if pooled else current) + 0
+    assert len(calls) == runs
+    assert_close(got, two(expected) if pooled else expected)
 
 
 @pytest.mark.parametrize(("window", "pool"), [(16, MAX_POOL), (17, NO_POOL)])

@@ -154,7 +154,7 @@ def test_pooling_of_graded_spikes_is_torchs(everywhere):
 @pytest.mark.parametrize(
     ("drop", "shape"),
     [(F.dropout, (9, 4, 30)), (F.dropout, (5, 2, 6, 6)), (F.dropout1d, (5, 4, 9)), (F.dropout2d, (5, 8, 3, 3))],
-    ids=str,
+    ids=["flat", "images", "1d", "2d"],
 )
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.9, 1.0])
 def test_dropout_as_torch(drop, shape, p):

@@ -104,113 +104,142 @@ class Plane {
   public:
     explicit Plane(const ConvShape& s)
         : s_(s),
+          places_(s.pooled()),
           values_(s.plane()),
-          offsets_(s.pool_h * s.pool_w),
-          best_(padded(s.out_channels)),
-          place_(padded(s.out_channels)),
-          marked_(s.pooled()) {
+          entries_(s.pool_h * s.pool_w),
+          corners_(places_),
+          stride_(padded(s.out_channels)),
+          best_(kBatch * stride_),
+          chosen_(kBatch * stride_),
+          marks_((places_ + 63) / 64) {
         for (int64_t k = 0; k < s.pool_h * s.pool_w; ++k)
-            offsets_.get()[k] = (k / s.pool_w * s.out_width + k % s.pool_w) * s.out_channels;
-        windows_.reserve(static_cast<size_t>(s.pooled()));
+            entries_.get()[k] = (k / s.pool_w * s.out_width + k % s.pool_w) * s.out_channels;
+        for (int64_t p = 0; p < places_; ++p)
+            corners_.get()[p] = (p / s.pooled_w * s.pool_h * s.out_width + p % s.pooled_w * s.pool_w) * s.out_channels;
         for (int64_t y = 0; y < s.out_height; ++y) rows_.push_back(y / s.pool_h);
         for (int64_t x = 0; x < s.out_width; ++x) columns_.push_back(x / s.pool_w);
         // of the windows an input reaches, at most
         span_ = (s.kernel_h * s.dilation_h / s.pool_h + 2) * (s.kernel_w * s.dilation_w / s.pool_w + 2);
     }
     T* at(int64_t y, int64_t x) { return values_.get() + (y * s_.out_width + x) * s_.out_channels; }
-    // Calls visit(p, first entry) for every marked window.
-    template <typename Visit>
-    void each(Visit&& visit) {
-        for (const int64_t p : windows_) visit(p, at(p / s_.pooled_w * s_.pool_h, p % s_.pooled_w * s_.pool_w));
-    }
     // Marks what the inputs begin .. end reach: all windows, where they are many.
     void mark(const int32_t* inputs, int64_t begin, int64_t end) {
-        if ((end - begin) * span_ >= 4 * s_.pooled()) return mark_all();
+        if (all_) return;
+        if ((end - begin) * span_ >= 4 * places_) return mark_all();
         for (int64_t e = begin; e < end; ++e)
             for_reached(s_, inputs[e], [&](int64_t y, int64_t x, int64_t n, int64_t) {
                 const int64_t row = rows_[static_cast<size_t>(y)];
                 if (row >= s_.pooled_h) return;
                 const int64_t last = std::min(columns_[static_cast<size_t>(x + n - 1)], s_.pooled_w - 1);
-                for (int64_t k = columns_[static_cast<size_t>(x)]; k <= last; ++k) mark(row * s_.pooled_w + k);
+                for (int64_t k = columns_[static_cast<size_t>(x)]; k <= last; ++k) {
+                    const int64_t p = row * s_.pooled_w + k;
+                    marks_.get()[p / 64] |= uint64_t{1} << (p % 64);
+                }
             });
     }
-    void mark_all() {
-        for (int64_t p = 0; p < s_.pooled(); ++p) mark(p);
-    }
+    void mark_all() { all_ = true; }
     // Unmarks all windows, and gives them back what `from` has there, zeros if null.
     void restore(const T* from) {
-        const size_t bytes = static_cast<size_t>(s_.pool_w * s_.out_channels) * sizeof(T);
-        each([&](int64_t p, T* corner) {
-            marked_.get()[p] = 0;
-            for (int64_t y = 0; y < s_.pool_h; ++y) {
-                T* line = corner + y * s_.out_width * s_.out_channels;
-                if (from == nullptr)
-                    std::memset(static_cast<void*>(line), 0, bytes);
-                else
-                    std::memcpy(line, from + (line - values_.get()), bytes);
-            }
-        });
-        windows_.clear();
+        const auto copy = [&](int64_t at, int64_t n) {
+            const size_t bytes = static_cast<size_t>(n) * sizeof(T);
+            if (from == nullptr)
+                std::memset(static_cast<void*>(values_.get() + at), 0, bytes);
+            else
+                std::memcpy(values_.get() + at, from + at, bytes);
+        };
+        if (all_) {
+            copy(0, s_.plane());
+        } else {
+            each([&](const int64_t* places, int64_t n) {
+                for (int64_t i = 0; i < n; ++i)
+                    for (int64_t y = 0; y < s_.pool_h; ++y)
+                        copy(corners_.get()[places[i]] + entries_.get()[y * s_.pool_w], s_.pool_w * s_.out_channels);
+            });
+        }
+        all_ = false;
+        std::memset(marks_.get(), 0, static_cast<size_t>((places_ + 63) / 64) * sizeof(uint64_t));
     }
     // Pools the marked windows into [o, y, x]. chosen: where in its window the maximum is, line by line, or null.
     void pool(T* out, uint8_t* chosen) {
-        using V = Vec<T>;
-        const int64_t channels = s_.out_channels, places = s_.pooled(), entries = s_.pool_h * s_.pool_w;
-        const int64_t* offsets = offsets_.get();
-        T *best_of = best_.get(), *place_of = place_.get();
-        const V zero = V::all(T(0));
-        each([&](int64_t p, const T* corner) {
-            for (int64_t o = 0; o < channels; o += V::width) {
-                const int n = static_cast<int>(std::min<int64_t>(V::width, channels - o));
-                V best = V::load(corner + o, n), place = zero;
-                for (int64_t k = 1; k < entries; ++k) {
-                    const V value = V::load(corner + offsets[k] + o, n);
-                    if (s_.pool == kAveragePool) {
-                        best = best + value;
-                        continue;
-                    }
-                    const typename V::Mask better = V::either(value > best, inside(value, zero));  // or no number
-                    best = V::where(better, value, best);
-                    place = V::where(better, V::all(static_cast<T>(k)), place);
-                }
-                best.store(best_of + o);
-                place.store(place_of + o);
-            }
-            if (s_.pool == kAveragePool)
-                for (int64_t o = 0; o < channels; ++o) best_of[o] /= static_cast<T>(entries);
-            for (int64_t o = 0; o < channels; ++o) out[o * places + p] = best_of[o];
-            for (int64_t o = 0; chosen != nullptr && o < channels; ++o)
-                chosen[o * places + p] = static_cast<uint8_t>(place_of[o]);
+        const int64_t channels = s_.out_channels;
+        each([&](const int64_t* places, int64_t n) {
+            for (int64_t i = 0; i < n; ++i)
+                pool_window(values_.get() + corners_.get()[places[i]], best_.get() + i * stride_,
+                            chosen_.get() + i * stride_);
+            for (int64_t o = 0; o < channels; ++o)
+                for (int64_t i = 0; i < n; ++i) out[o * places_ + places[i]] = best_.get()[i * stride_ + o];
+            if (chosen == nullptr) return;
+            for (int64_t o = 0; o < channels; ++o)
+                for (int64_t i = 0; i < n; ++i)
+                    chosen[o * places_ + places[i]] = static_cast<uint8_t>(chosen_.get()[i * stride_ + o]);
         });
     }
     // The reverse, for a gradient [o, y, x] of what was pooled: marked windows of a plane of zeros.
     void unpool(const T* grad, const uint8_t* chosen) {
-        const int64_t channels = s_.out_channels, places = s_.pooled(), entries = s_.pool_h * s_.pool_w;
-        const int64_t* offsets = offsets_.get();
-        each([&](int64_t p, T* corner) {
-            for (int64_t o = 0; o < channels; ++o) {
-                const T value = grad[o * places + p];
-                if (s_.pool == kMaxPool)
-                    corner[offsets[chosen[o * places + p]] + o] = value;
-                else
-                    for (int64_t k = 0; k < entries; ++k) corner[offsets[k] + o] = value / static_cast<T>(entries);
-            }
+        const int64_t entries = s_.pool_h * s_.pool_w;
+        each([&](const int64_t* places, int64_t n) {
+            for (int64_t o = 0; o < s_.out_channels; ++o)
+                for (int64_t i = 0; i < n; ++i) {
+                    T* corner = values_.get() + corners_.get()[places[i]] + o;
+                    const int64_t from = o * places_ + places[i];
+                    if (s_.pool == kMaxPool)
+                        corner[entries_.get()[chosen[from]]] = grad[from];
+                    else
+                        for (int64_t k = 0; k < entries; ++k)
+                            corner[entries_.get()[k]] = grad[from] / static_cast<T>(entries);
+                }
         });
     }
 
   private:
-    void mark(int64_t p) {
-        if (marked_.get()[p]) return;
-        marked_.get()[p] = 1;
-        windows_.push_back(p);
+    // Windows whose results are written together: neighbours share cache lines of the output.
+    static constexpr int64_t kBatch = 16;
+
+    // Calls visit(places, n) for the marked windows in ascending order.
+    template <typename Visit>
+    void each(Visit&& visit) {
+        int64_t places[kBatch], n = 0;
+        const auto add = [&](int64_t p) {
+            places[n++] = p;
+            if (n == kBatch) visit(places, n), n = 0;
+        };
+        for (int64_t p = 0; all_ && p < places_; ++p) add(p);
+        for (int64_t k = 0; !all_ && k < (places_ + 63) / 64; ++k)
+            for (uint64_t word = marks_.get()[k]; word != 0; word &= word - 1) add(k * 64 + __builtin_ctzll(word));
+        if (n > 0) visit(places, n);
+    }
+    void pool_window(const T* corner, T* best_of, T* chosen_of) {
+        using V = Vec<T>;
+        const int64_t channels = s_.out_channels, entries = s_.pool_h * s_.pool_w;
+        const V zero = V::all(T(0));
+        for (int64_t o = 0; o < channels; o += V::width) {
+            const int n = static_cast<int>(std::min<int64_t>(V::width, channels - o));
+            V best = V::load(corner + o, n), chosen = zero;
+            for (int64_t k = 1; k < entries; ++k) {
+                const V value = V::load(corner + entries_.get()[k] + o, n);
+                if (s_.pool == kAveragePool) {
+                    best = best + value;
+                    continue;
+                }
+                const typename V::Mask better = V::either(value > best, inside(value, zero));  // or no number
+                best = V::where(better, value, best);
+                chosen = V::where(better, V::all(static_cast<T>(k)), chosen);
+            }
+            best.store(best_of + o);
+            chosen.store(chosen_of + o);
+        }
+        for (int64_t o = 0; s_.pool == kAveragePool && o < channels; ++o) best_of[o] /= static_cast<T>(entries);
     }
 
     const ConvShape& s_;
+    int64_t places_;
     Scratch<T> values_;
-    Scratch<int64_t> offsets_;  // of a window's entries from its first on, line by line
-    Scratch<T> best_, place_;   // of one window
-    Scratch<uint8_t> marked_;
-    std::vector<int64_t> windows_, rows_, columns_;
+    Scratch<int64_t> entries_, corners_;  // of a window from its first on, line by line; first ones of windows
+    int64_t stride_;
+    Scratch<T> best_, chosen_;  // of a batch of windows: a row of channels each
+    Scratch<uint64_t> marks_;
+    bool all_ = false;  // every window is marked
+    std::vector<int64_t> rows_, columns_;
     int64_t span_;
 };
 
