@@ -13,7 +13,7 @@ from sparse_backend.convolution import DeferredConvolution, as_events
 from sparse_backend.deferred import unusual
 from sparse_backend.events import EventTensor
 from sparse_backend.tensorlike import TensorLike
-from sparse_backend.timefusion.recorder import Placeholder
+from sparse_backend.timefusion.recorder import Placeholder, paused
 
 from .for_norse_call import begins_as_norse, prepare
 from .for_norse_plan import KINDS
@@ -96,5 +96,6 @@ def _of_images(inner: Any, sequence: Any) -> Any:
         return None
     if type(inner) is nn.Flatten and inner.start_dim < 1:
         return None
-    result = inner(samples)
+    with paused():
+        result = inner(samples)
     return result.reshape(*lead, *result.shape[1:])

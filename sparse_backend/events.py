@@ -737,7 +737,7 @@ def _sum(input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None
 
 
 def masked(x: Any, mask: Tensor) -> Any:
-    """`x * mask` of a mask that dropout has drawn; of events on a CPU events, elsewhere it would wait for the device."""
+    """`x * mask` of a mask that dropout has drawn: events of events, on a CPU, where nobody waits for the counts."""
     return x.masked(mask) if type(x) is EventTensor and x.is_events and x.device.type == "cpu" else x * mask
 
 
