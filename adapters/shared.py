@@ -227,26 +227,38 @@ def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) 
 
 def convolution_forward(module: Any, input: Any) -> Any:
     """An enabled `nn.Conv2d`'s forward: torch's own, given events where its dense input has few nonzero entries."""
-    if torch.compiler.is_compiling() or autocasting.is_on() or unusual() is not None:
-        return own_forward(module)(module, input)
+    forward, parameters = own_forward(module), module._parameters
+    weight = parameters.get("weight")
+    if torch.compiler.is_compiling() or autocasting.is_on() or unusual() is not None or weight is None:
+        return forward(module, input)  # a weight that is parametrized is made anew whenever someone asks for it
+    into = recorder.current() if module.padding_mode == "zeros" else None
+    settings = module.stride, module.padding, module.dilation, module.groups
+    if (
+        into is not None
+        and type(input) is Tensor
+        and input._base is not None
+        and input._base is into.sparse.get(module)
+    ):
+        recorded = record_convolution(into, input, weight, parameters["bias"], *settings)
+        if recorded is not None:
+            return recorded
     images = module.__dict__[STATE].events_of(input, 3) if convolution.can_be_events(input) else input
     if images is None:
         images = input
-        convolution.paths[module.weight] = convolution.why_dense(input)
-    into = recorder.current()
-    if into is None or module.padding_mode != "zeros" or type(input) not in (Tensor, EventTensor):
-        return own_forward(module)(module, images)
+        convolution.paths[weight] = convolution.why_dense(input)
+    if into is None or type(input) not in (Tensor, EventTensor):
+        return forward(module, images)
     whole = type(input) is EventTensor or input._base is not None
     if whole and type(images) is EventTensor and (images is input or is_watchable(input)):
-        recorded = record_convolution(
-            into, input, module.weight, module.bias, module.stride, module.padding, module.dilation, module.groups
-        )
+        recorded = record_convolution(into, input, weight, parameters["bias"], *settings)
         if recorded is not None:
+            if input is not images:
+                into.sparse[module] = input._base
             return recorded
-    call = functools.partial(own_forward(module), module, images)
     if whole or input.requires_grad or not is_watchable(input):
-        return call()
-    return once(into, module, (input, module.weight, module.bias), call)
+        return forward(module, images)
+    call = functools.partial(forward, module, images)
+    return once(into, module, (input, weight, parameters["bias"]), settings, call)
 
 
 def batch_norm_forward(module: Any, input: Any) -> Any:

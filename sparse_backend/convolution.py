@@ -66,7 +66,10 @@ class DeferredConvolution(TensorLike):
         events, hub = self.events, self.hub
         hub.check_unchanged()
         if self.geometry.pool == NO_POOL and events.density > policy.MAX_CONVOLVED:
-            images = events.to_dense().view(-1, *events.shape[-3:])
+            of = hub.given if hub.given._base is None else hub.given._base
+            paths[of] = f"more than {100 * policy.MAX_CONVOLVED:.0f} % of its input is not zero, and nothing pools it"
+            shape = torch.Size((events.rows, *events.shape[-3:]))
+            images = events.reshaped(shape).to_dense()  # as they were when it was called
             return self.geometry.convolve(images, hub.weight, hub.bias).flatten(1)
         return call_event_conv(  # type: ignore[no-any-return]
             events.row_ptr, events.indices, events.values, events.handle, events.active_ptr, events.active_indices,
@@ -90,7 +93,8 @@ class DeferredConvolution(TensorLike):
         if shape[-3:] != self.shape[-3:] or self._dense_only:
             return None
         view = DeferredConvolution(self.events, self.hub, self.geometry, shape[:-3])
-        view._learns, view._view_of = self._learns, self if self._view_of is None else self._view_of
+        view._learns = self._learns and torch.is_grad_enabled()
+        view._view_of = self if self._view_of is None else self._view_of
         return view
 
     def __repr__(self) -> str:
@@ -112,8 +116,10 @@ def convolve(
     """The convolution of images that are events, or why torch's own has to run. Options as `conv2d` takes them."""
     if weight.dim() != 4 or events.columns != events.shape[-3:].numel():
         return "its input's rows are not images"
-    if groups != 1 or events.shape[-3] != weight.shape[1]:
+    if groups != 1:
         return "it has groups"
+    if events.shape[-3] != weight.shape[1]:
+        return f"its input has {events.shape[-3]} channels, its weight {weight.shape[1]}"
     if events.dtype != weight.dtype or weight.dtype not in _FLOATS:
         return f"its weight is {weight.dtype}, its input {events.dtype}"
     if bias is not None and (bias.dtype != weight.dtype or bias.shape != weight.shape[:1]):
@@ -131,11 +137,10 @@ def convolve(
     geometry = None if sizes is None else Geometry(height, width, *sizes)
     if geometry is None or min(geometry.of_convolution(weight)) < 1:
         return f"of its stride {stride}, padding {padding} and dilation {dilation}"
-    if torch.is_grad_enabled():  # whatever requires grad when the current is wanted
-        weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
-    else:
+    if not torch.is_grad_enabled():
         events = events.without_handle() if events.learns else events
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    # Views, which require grad as it is now, whatever it is when the current is wanted.
+    weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
     return DeferredConvolution(events, WeightHub(weight, bias, None, 0), geometry, events.shape[:-3])
 
 
@@ -211,7 +216,8 @@ def as_events(images: Any, weights: Sequence[Tensor] = ()) -> Any:
         return images
     if events is None:
         for weight in weights[:1]:
-            paths[weight] = why_dense(images)
+            if weight.dim() == 4:  # and no bias
+                paths[weight] = why_dense(images)
     return images if events is None else events
 
 

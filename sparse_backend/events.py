@@ -47,6 +47,7 @@ class EventTensor(TensorLike):
         "_dense_version",
         "_origin",
         "_steps",
+        "_view_learns",
         "_view_of",
         "active_indices",
         "active_ptr",
@@ -88,6 +89,7 @@ class EventTensor(TensorLike):
         self._steps: list[EventTensor] | None = None
         self._origin: Any = None  # weak reference to the tensor this is a step of
         self._view_of: EventTensor | None = None  # whose memory the dense form is
+        self._view_learns = True  # and its gradient too: it was not made under no_grad
         if check:
             self._check()
             self.row_ptr, self.indices = row_ptr.contiguous(), indices.contiguous()
@@ -162,7 +164,7 @@ class EventTensor(TensorLike):
         Raises ValueError for a tensor with fewer dimensions or a sparse one (see `from_coo`).
         """
         if isinstance(dense, TensorLike):
-            if type(dense) is EventTensor and dense.is_events:
+            if type(dense) is EventTensor and dense.is_events and dense.columns == dense.shape[-row_dims:].numel():
                 return dense
             dense = dense.to_dense()
         if dense.layout != torch.strided:
@@ -285,8 +287,8 @@ class EventTensor(TensorLike):
         for position, sample in enumerate(tensors):
             if sample.shape != shape or len(shape) < 2 or sample.rows != shape[0]:
                 raise ValueError(
-                    f"EventTensor.collate: samples must have one shape [T, N], got {list(shape)} and "
-                    f"{list(sample.shape)} at position {position}"
+                    f"EventTensor.collate: samples must have one shape [T, N], a row per step, got {list(shape)} and "
+                    f"{list(sample.shape)} of {sample.rows} rows at position {position}"
                 )
         steps, columns = shape[0], shape[1:].numel()
         batch = len(tensors)
@@ -325,7 +327,9 @@ class EventTensor(TensorLike):
     @property
     def learns(self) -> bool:  # type: ignore[override]
         if not self.is_events:
-            return self.to_dense().requires_grad if self._view_of is None else self._view_of.learns
+            return (
+                self.to_dense().requires_grad if self._view_of is None else self._view_learns and self._view_of.learns
+            )
         return self.handle is not None and self.handle.requires_grad
 
     @property
@@ -364,7 +368,9 @@ class EventTensor(TensorLike):
 
     def _make_dense(self) -> Tensor:
         if self._view_of is not None:
-            return self._view_of.to_dense().view(self.shape)
+            whole = self._view_of.to_dense()
+            with torch.set_grad_enabled(self._view_learns and torch.is_grad_enabled()):
+                return whole.view(self.shape)
         if self.handle is not None and self.active_ptr is None:
             return self.handle
         _native.load()
@@ -382,16 +388,24 @@ class EventTensor(TensorLike):
         size = self.shape[0]
         if not -size <= t < size:
             raise IndexError(f"index {t} is out of bounds for dimension 0 with size {size}")
+        whole = self._view_of
+        if whole is not None and whole.has_steps and whole.shape[0] == size and whole.columns == self.columns:
+            view = whole.step(t).as_view(self.shape[1:])
+            if view is not None:
+                return view
         if self._steps is None:
-            self._steps = self._split()
+            with torch.set_grad_enabled(self.learns or torch.is_grad_enabled()):  # whoever asks first
+                self._steps = self._split()
             for part in self._steps:
                 part._origin = weakref.ref(self)
-        return self._steps[t % size]
+        part = self._steps[t % size]
+        return part.without_handle() if part.learns and not torch.is_grad_enabled() else part
 
     @property
     def origin(self) -> EventTensor | None:
-        """The tensor this is `x[t]` of, while somebody holds it."""
-        return None if self._origin is None else self._origin()
+        """The tensor this, or what it is a view of, is `x[t]` of, while somebody holds it."""
+        whole = self.whole
+        return None if whole._origin is None else whole._origin()
 
     @property
     def whole(self) -> EventTensor:
@@ -488,8 +502,11 @@ class EventTensor(TensorLike):
             return self
         if not _are_rows(shape, self.columns) or not self.is_events:
             return None
-        view = self.reshaped(shape)
-        view._view_of = self.whole
+        if self.handle is not None and self.active_ptr is None and not self.handle.is_contiguous():
+            return None
+        learns = torch.is_grad_enabled() or not self.learns
+        view = self.reshaped(shape) if learns else self.without_handle().reshaped(shape)
+        view._view_of, view._view_learns = self.whole, learns and self._view_learns
         return view
 
     def masked(self, mask: Tensor) -> EventTensor:

@@ -202,10 +202,10 @@ class TensorLike(Tensor):
                 return result
         if func is torch.autograd.grad and len(args) > 1 and tree_any(lambda x: isinstance(x, TensorLike), args[1]):
             raise RuntimeError(
-                "torch.autograd.grad: expected inputs whose gradient exists, got spikes in sparse form, whose consumers"
-                " only return its active entries. Take the dense form before its consumers do: spk = spk.to_dense()."
+                "torch.autograd.grad: expected inputs whose gradient exists, got spikes (or a current) in sparse form,"
+                " whose consumers return a part of it. Take the dense form before they do: spk = spk.to_dense()."
             )
-        if _mutates(getattr(func, "__name__", "")) or "out" in kwargs:
+        if _mutates(getattr(func, "__name__", "")) or "out" in kwargs or kwargs.get("inplace") is True:
             for leaf in (*args[:1], kwargs.get("out")):
                 if isinstance(leaf, TensorLike):
                     leaf.dense_from_now_on()

@@ -1919,3 +1919,162 @@ def test_sequences_in_chunks(monkeypatch: pytest.MonkeyPatch, way: Way, steps: i
     bytes_of_a_step = BATCH * (3 * 4 * 4 + 4 * 4 * 4) * 8
     monkeypatch.setattr(policy, "CHUNK_BYTES", bytes_of_a_step * steps // policy.EVENT_CHUNKS + 1)
     compare(lambda grad: Net(grad, case), images(kind, 2, 3), way)
+
+
+# A static image's current is one value, handed out at every step.
+
+
+class Static(nn.Module):
+    """A convolution of one image at every step; `body(net, x, t)` gives the current."""
+
+    def __init__(self, body: Callable[[Any, Tensor, int], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.lif = nn.Conv2d(1, 3, 3).double(), snn.Leaky(beta=0.8, threshold=0.3, spike_grad=SPIKE_GRAD)
+        self.body = body
+
+    def forward(self, x: Tensor) -> Any:
+        mem, total = self.lif.reset_mem(), 0
+        for t in range(4):
+            spk, mem = self.lif(self.body(self, x, t), mem)
+            total = total + spk + mem
+        return total
+
+
+def static_image(kind: str) -> Tensor:
+    return spikes((2, 1, 6, 6), 0.2, 3) if kind == "sparse" else normal((2, 1, 6, 6), 3)
+
+
+def runs_of(body: Callable[[Any, Tensor, int], Any], kind: str) -> list[list[Tensor]]:
+    """Output and gradients of the stock and of the enabled model."""
+    results = []
+    for is_enabled in (False, True):
+        net = Static(body)
+        if is_enabled:
+            sparse_backend.enable(net, b_th=float("inf"))
+        torch.manual_seed(1)
+        out = net(static_image(kind))
+        out.square().sum().backward()
+        results.append([as_tensor(out).detach(), *(p.grad for p in net.conv.parameters())])
+    return results
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "leaky_relu": lambda cur: F.leaky_relu(cur, 0.5, inplace=True),
+    "relu_": lambda cur: cur.relu_(),
+    "add_": lambda cur: cur.add_(0.1),
+    "indexed": lambda cur: cur.__setitem__((slice(None), 0), 0.0),
+    "dropout": lambda cur: F.dropout(cur, 0.5, inplace=True),
+}
+
+
+@pytest.mark.parametrize("kind", ["sparse", "real"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("looks", [False, True])
+def test_writes_on_a_static_current_stay_in_their_step(kind: str, change: str, looks: bool) -> None:
+    def body(net: Any, x: Tensor, t: int) -> Any:
+        current = net.conv(x)
+        CHANGES[change](current)
+        if looks:
+            current.sum().item()
+        return current
+
+    theirs, ours = runs_of(body, kind)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "real"])
+def test_a_static_image_under_other_settings(kind: str) -> None:
+    def body(net: Any, x: Tensor, t: int) -> Any:
+        net.conv.padding = (t % 2, t % 2)
+        return net.conv(x).mean((2, 3))
+
+    theirs, ours = runs_of(body, kind)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "real"])
+def test_backward_at_every_step_of_a_static_image(kind: str) -> None:
+    def body(net: Any, x: Tensor, t: int) -> Any:
+        current = net.conv(x)
+        current.square().sum().backward()
+        return current.detach()
+
+    results = []
+    for is_enabled in (False, True):
+        net = Static(body)
+        if is_enabled:
+            sparse_backend.enable(net, b_th=float("inf"))
+        net(static_image(kind))
+        results.append([p.grad for p in net.conv.parameters()])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "real"])
+def test_kept_static_currents_are_apart(kind: str) -> None:
+    net = sparse_backend.enable(Static(lambda net, x, t: net.kept.append(net.conv(x)) or net.kept[-1]), b_th=0.4)
+    net.kept = []
+    net(static_image(kind))
+    expected = [as_tensor(current).detach().clone() for current in net.kept]
+    with torch.no_grad():
+        net.kept[0].mul_(0)
+    assert_close(as_tensor(net.kept[1]), expected[1])
+
+
+# Events as they were when they were taken.
+
+
+@pytest.mark.parametrize("density", [0.1, 0.2])
+def test_events_written_after_a_convolution_took_them(density: float) -> None:
+    dense, weight = spikes((4, 2, 6, 6), density, 1), normal((3, 2, 3, 3), 2)
+    events = EventTensor.from_dense(dense, row_dims=3)
+    current = F.conv2d(events, weight)
+    events.mul_(3)
+    assert_close(current + 0, F.conv2d(dense, weight))
+
+
+def test_events_written_between_a_recorded_call_and_its_run_are_an_error() -> None:
+    class Loop(Static):
+        def forward(self, x: Any) -> Any:
+            mem = self.lif.reset_mem()
+            for t in range(2):
+                current = self.conv(x[t])
+                x[t].mul_(0)
+                _, mem = self.lif(current, mem)
+            return mem
+
+    x = EventTensor.from_dense(spikes((2, 2, 1, 6, 6), 0.2, 3), row_dims=3)
+    net = sparse_backend.enable(Loop(lambda *_: None), b_th=0.4)
+    if _native.load():
+        with pytest.raises(RuntimeError, match="was changed in place after a recorded call"):
+            net(x)
+
+
+def test_what_is_cut_without_gradient_has_none() -> None:
+    dense = spikes((3, 2, 4, 4), 0.3, 1)
+    base = EventTensor.from_dense(dense, row_dims=3)
+    spk = EventTensor(
+        base.shape, base.row_ptr, base.indices, handle=torch.ones(base.nnz, dtype=F64, requires_grad=True),
+        active_ptr=base.row_ptr, active_indices=base.indices, columns=base.columns,
+    )  # fmt: skip
+    sequence = spk.reshaped(torch.Size((3, 1, 2, 4, 4)))
+    with torch.no_grad():
+        view, step = spk.flatten(1), sequence[0]
+    weight = normal((5, 32), 2).requires_grad_()
+    for part in (view, step.flatten(1)):
+        for loss in (F.linear(part, weight).sum(), (part * weight[0]).sum()):
+            assert torch.autograd.grad(loss, spk.handle, allow_unused=True) == (None,)
+    for part in (spk.flatten(1), sequence[1].flatten(1)):  # whoever asked first
+        (grad,) = torch.autograd.grad(F.linear(part, weight).sum(), spk.handle)
+        assert bool(grad.any())
+
+
+def test_flatten_of_events_whose_dense_form_is_strided() -> None:
+    dense = spikes((3, 4, 5, 5), 0.3, 1).to(memory_format=torch.channels_last).requires_grad_()
+    flat = EventTensor.from_dense(dense, row_dims=3).flatten(1)
+    assert_close((flat + 0).detach(), dense.detach().flatten(1))
+    (grad,) = torch.autograd.grad((flat * torch.arange(100.0).double()).sum(), dense)
+    assert_close(grad.flatten(1), torch.arange(100.0).double().expand(3, 100))

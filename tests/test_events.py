@@ -327,7 +327,7 @@ def test_collate_of_empty_samples(shape):
 def test_collate_refuses():
     with pytest.raises(ValueError, match="at least one sample"):
         EventTensor.collate([])
-    with pytest.raises(ValueError, match=r"one shape \[T, N\], got \[4, 6\] and \[4, 5\] at position 1"):
+    with pytest.raises(ValueError, match=r"one shape \[T, N\], a row per step, got \[4, 6\] and \[4, 5\]"):
         EventTensor.collate([torch.zeros(4, 6), torch.zeros(4, 5)])
     with pytest.raises(ValueError, match=r"one shape \[T, N\]"):
         EventTensor.collate([EventTensor.from_dense(torch.zeros(2, 4, 6))])

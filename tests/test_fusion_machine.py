@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close, normal, spikes
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -344,6 +344,7 @@ def test_drawn_programs(program: Any, way: str, steps: int, static: bool, learni
     steps=st.integers(2, 9),
     seed=st.integers(0, 5),
 )
+@example(depth=[(0, 0)], extra=[("no grad", 0, 3)], way="band", steps=3, seed=2)  # part of a run
 def test_drawn_networks(depth: Any, extra: Any, way: str, steps: int, seed: int) -> None:
     """Mostly layers, so that most of it runs as sequences."""
     program = [step for linear, lif in depth for step in (("linear", linear), ("lif", lif))]
@@ -674,6 +675,19 @@ class Stepper(RuleBasedStateMachine):
             self.compare_gradients()
         finally:
             self.policy.close()
+
+
+@pytest.mark.parametrize("last", ["norm", "evaluated"])
+def test_norms_of_values_that_have_run_come_after_recorded_ones(last: str) -> None:
+    state = Stepper()
+    state.begin(way="inf", seed=0)
+    state.branch_of_a_neuron(back=0, k=0)
+    for back in (0, 0, 0, 2):
+        state.norm(back=back)
+    if last == "evaluated":
+        state.both(lambda net: net.eval())
+    state.norm(back=4)
+    state.teardown()
 
 
 def test_any_sequence_of_steps() -> None:

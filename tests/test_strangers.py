@@ -12,7 +12,7 @@ from fusion_loops import BATCH, HIDDEN, INPUTS, STEPS, Net, check, frames, net_o
 from helpers import as_tensor, normal, spikes
 from norse_models import lif
 from pairs import SPIKE_GRAD, UNFUSED, WAYS, Way, assert_equal_runs, enabled, leaky, longest, weighted
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -71,11 +71,11 @@ def test_other_dropouts_end_no_sequence(way: Way, dropout: nn.Module) -> None:
     check(way, loop, fuses=STEPS)
 
 
-def test_spikes_pass_dropout_in_evaluation_as_events() -> None:
+def test_spikes_pass_dropout_as_events() -> None:
     spk = EventTensor.from_dense(spikes((3, 5), 0.3, 0))
     for dropout in (nn.Dropout(0.3).eval(), nn.Dropout2d(0.3).eval(), nn.Dropout(0.0)):
         assert dropout(spk) is spk
-    assert type(nn.Dropout(0.3)(spk)) is Tensor
+    assert type(nn.Dropout(0.3)(spk)) is EventTensor
 
 
 # Shapes.

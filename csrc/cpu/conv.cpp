@@ -128,7 +128,9 @@ std::tuple<Tensor, Tensor, Tensor> event_conv_backward(
         const scalar_t* given = pointer<scalar_t>(grad, "grad");
         // Sums are added up in groups of rows that do not depend on the number of threads.
         const int64_t bytes = std::max<int64_t>(s.weights() * static_cast<int64_t>(sizeof(scalar_t)), 1);
-        const int64_t most = std::clamp<int64_t>(kPartialBytes / bytes, 1, kPartials);
+        // no more of them than the events are worth: each is as large as the weight
+        const int64_t nnz = n_rows > 0 ? input.row_ptr[n_rows] - input.row_ptr[0] : 0;
+        const int64_t most = std::clamp<int64_t>(std::min(kPartialBytes / bytes, nnz / (4 * s.channels)), 1, kPartials);
         const int64_t groups = std::clamp<int64_t>(n_rows / grain(s), 1, most), each = (n_rows + groups - 1) / groups;
         Scratch<scalar_t> weight_sums(need_weight ? groups * s.weights() : 0);
         Scratch<scalar_t> bias_sums(need_bias ? groups * s.out_channels : 0);

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from sparse_backend.deferred import unusual
+from sparse_backend.events import EventTensor
+from sparse_backend.tensorlike import dense
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.recorder import Placeholder, Recording
 
@@ -81,11 +83,15 @@ def values(out: Any) -> Any:
 
 def _own(placeholder: Placeholder) -> Any:
     """A value that leaves the forward: not a view of all steps, which its owner could not write to."""
+    value = _kept(placeholder)
+    return value.clone() if type(value) is torch.Tensor and value._base is not None and value.requires_grad else value
+
+
+def _kept(placeholder: Placeholder) -> Any:
+    """A value that a module keeps: of its own, where it is the value of every step."""
     value = placeholder.value()
-    if type(value) is not torch.Tensor:
-        return value
-    shared = (value._base is not None and value.requires_grad) or placeholder.ref[0].run.is_constant  # type: ignore[union-attr]
-    return value.clone() if shared else value
+    shared = not placeholder._dense_only and placeholder.ref[0].run.is_constant  # type: ignore[union-attr]
+    return dense(value).clone() if shared and type(value) is not EventTensor else value
 
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
@@ -97,7 +103,7 @@ def _settle(net: nn.Module) -> None:
         _settle_in(module._buffers)
         for name, kept in module.__dict__.items():
             if type(kept) is Placeholder:
-                module.__dict__[name] = kept.value()
+                module.__dict__[name] = _kept(kept)
             elif name not in _OF_EVERY_MODULE:
                 _settle_in(kept)
 
@@ -112,7 +118,7 @@ def _settle_in(kept: Any) -> None:
         return
     for key, value in items:
         if type(value) is Placeholder:
-            kept[key] = value.value()
+            kept[key] = _kept(value)
         elif type(value) is tuple and any(type(part) is Placeholder for part in value):
             kept[key] = values(value)
         elif value is not kept:

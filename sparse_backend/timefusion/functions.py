@@ -370,6 +370,7 @@ def _batch_norm(into: Recording, *args: Any, **kwargs: Any) -> Any:
         return None
     if not training:
         if into.has_queued_writes(mean, var):
+            into.flush(forced=True)
             return None
         return _record(into, F.batch_norm, args, kwargs, samplewise=0)
     return _record(into, F.batch_norm, args, kwargs, writes=tuple(t for t in (mean, var) if t is not None))
@@ -400,7 +401,8 @@ def _record(
     )  # fmt: skip
     site: Any = into.sites.get(key)
     if writes and into.has_queued_writes(*writes) and into.writer_of(*writes) is not site:
-        return None  # other settings on the same statistics: what is recorded runs first
+        into.flush(forced=True)  # other settings on the same statistics: what is recorded runs first
+        return None
     if site is None:
         known = _shape_of(function, frame, names, tensors, fixed)
         if known is None:
@@ -429,7 +431,7 @@ def _record(
     if writes:
         into.will_write(site, *writes)
     for tensor in tensors:
-        if not isinstance(tensor, TensorLike):
+        if type(tensor) is not Placeholder:
             into.watch(tensor)
     (out,) = site.add(tuple([into.input_ref(t) for t in tensors]))
     return out

@@ -76,10 +76,10 @@ class Run:
         steps = self._steps[slot]
         if steps is None:
             sequence = self.sequence(slot)
-            if type(sequence) is EventTensor and sequence.is_events and sequence.has_steps:
-                steps = [sequence.step(t) for t in range(self.length)]
-            else:
-                with torch.set_grad_enabled(self._mode):  # whoever asks first
+            with torch.set_grad_enabled(self._mode):  # whoever asks first
+                if type(sequence) is EventTensor and sequence.is_events and sequence.has_steps:
+                    steps = [sequence.step(t) for t in range(self.length)]
+                else:
                     steps = (sequence.to_dense() if isinstance(sequence, TensorLike) else sequence).unbind(0)
             self._steps[slot] = steps
         return steps[index]
@@ -321,7 +321,8 @@ class Recording:
         self.longest = 0  #: steps of the longest run so far
         self.holders: list[Any] = []  #: states of layers that know their last call's site
         self.put_back: dict[Any, Callable[[], None]] = {}  #: module that holds its own state -> gives it values
-        self.given: dict[Any, tuple[Any, Site]] = {}  #: module -> what its last call was given, and what gives it again
+        self.given: dict[Any, tuple[Any, Any]] = {}  #: module -> what its last call was given, and what gives it again
+        self.sparse: dict[Any, Tensor] = {}  #: module -> the tensor whose slices it is given, and reads as events
         self.forced = 0  #: how often numbers were needed before the forward ended
         self.forced_by: str | None = None  #: the user's line that first needed one
 
@@ -338,6 +339,7 @@ class Recording:
         self.sites.clear()
         self.put_back.clear()
         self.given.clear()
+        self.sparse.clear()
 
     def accepts(self) -> bool:
         """Whether a call made now may be recorded: torch is in the state that recorded calls will run under. Inside
@@ -350,7 +352,7 @@ class Recording:
         return torch.is_grad_enabled()
 
     def watch(self, tensor: Tensor) -> None:
-        """Remember that a recorded call will read this tensor of the caller's."""
+        """Remember that a recorded call will read this tensor, or these events, of the caller's."""
         self.watched.append((tensor, _version(tensor), False))
 
     def _check_unchanged(self, sites: Iterable[Site]) -> None:
@@ -393,6 +395,8 @@ class Recording:
 
     def flush(self, forced: bool = False) -> None:
         """Run everything recorded so far."""
+        if forced:
+            self.given.clear()  # whoever has numbers may go backwards through them, and their graph is spent
         if not self.pending:
             return
         if forced:
@@ -502,6 +506,8 @@ def is_watchable(tensor: Tensor) -> bool:
 
 
 def _version(tensor: Tensor) -> int:
+    if type(tensor) is EventTensor:
+        return 0 if tensor.is_events else 1
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -145,26 +145,30 @@ class GivenSite(Site):
         super().__init__(recording)
         learns = result.learns if isinstance(result, TensorLike) else result.requires_grad
         self.outputs(result.device, (result.shape, result.dtype, learns))
-        self.node = Node(self, (), ())
-        share([self.node], Constant(result))
+        self.result = Constant(result)
+
+    def hand_out(self) -> Placeholder:
+        """The result of one more call."""
+        node = Node(self, (), ())
+        share([node], self.result)
+        return self.placeholders(node)[0]
 
 
-def once(into: Recording, module: Any, tensors: Sequence[Tensor | None], call: Callable[[], Any]) -> Placeholder:
-    """What a module gives for these tensors: computed now, and not again where the next step gives it the same (a
-    static image)."""
-    known = (
-        Recording.mode(),
-        *((tensor, None if tensor is None else (tensor._version, tensor.requires_grad)) for tensor in tensors),
-    )
+def once(
+    into: Recording, module: Any, tensors: Sequence[Tensor | None], settings: Any, call: Callable[[], Any]
+) -> Placeholder:
+    """What a module gives for these tensors under these settings: computed now, and not again where the next step gives
+    it the same (a static image)."""
+    given = [(tensor, None if tensor is None else (tensor._version, tensor.requires_grad)) for tensor in tensors]
+    known = Recording.mode(), settings, given
     before = into.given.get(module)
-    if before is None or not _are_same(before[0], known):
+    if before is None or before[0][:2] != known[:2] or not _are_same(before[0][2], given):
         before = into.given[module] = known, GivenSite(into, call())
-    site: Any = before[1]
-    return site.placeholders(site.node)[0]
+    return before[1].hand_out()  # type: ignore[no-any-return]
 
 
-def _are_same(before: Any, now: Any) -> bool:
-    return before[0] is now[0] and all(a[0] is b[0] and a[1] == b[1] for a, b in zip(before[1:], now[1:], strict=True))
+def _are_same(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    return all(a[0] is b[0] and a[1] == b[1] for a, b in zip(before, now, strict=True))
 
 
 class FunctionSite(Site):
