@@ -22,7 +22,7 @@ from sparse_backend.events import EventTensor, masked
 from sparse_backend.tensorlike import TensorLike, dense
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, paused, take
-from sparse_backend.timefusion.sites import FunctionSite, SumSite
+from sparse_backend.timefusion.sites import FunctionSite, SumSite, is_known
 
 #: entry by entry: one call on [T, ...]
 _ELEMENTWISE = {
@@ -296,7 +296,10 @@ def _stacked(tensors: Any, dim: int = 0, **_: Any) -> Any:
         pieces.append(node.run.hand_out(here[0][1]))
     if len(pieces) == 1:
         return pieces[0]
-    if all(type(piece) is EventTensor and (piece.active_ptr is not None or not piece.learns) for piece in pieces):
+    if all(
+        type(piece) is EventTensor and is_known(piece) and (piece.active_ptr is not None or not piece.learns)
+        for piece in pieces
+    ):
         return EventTensor.cat(pieces)
     return torch.cat([piece.to_dense() if isinstance(piece, TensorLike) else piece for piece in pieces])
 

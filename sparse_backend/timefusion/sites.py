@@ -49,11 +49,21 @@ def _events(refs: Sequence[Any]) -> EventTensor | None:
     ):
         return None
     steps = [ref.whole for ref in refs]
-    whole = None if steps[0].origin is None else steps[0].origin.steps_like(steps)
+    origin = steps[0].origin
+    whole = None
+    if origin is not None and (len(steps) == origin.shape[0] or is_known(first)):
+        whole = origin.steps_like(steps)
     if whole is not None:
         shape = torch.Size((len(refs), *first.shape))
         return whole if whole.shape == shape else whole.reshaped(shape)
-    return None if any(ref.learns and ref.active_ptr is None for ref in refs) else EventTensor.stack(refs)
+    if not is_known(first) or any(ref.learns and ref.active_ptr is None for ref in refs):
+        return None
+    return EventTensor.stack(refs)
+
+
+def is_known(events: EventTensor) -> bool:
+    """Whether how many there are is known without waiting for the device."""
+    return events.device.type == "cpu"
 
 
 def _whole_run(refs: Sequence[Any]) -> Any:
@@ -66,7 +76,7 @@ def _whole_run(refs: Sequence[Any]) -> Any:
     sequence = run.sequence(slot)
     if sequence is None or len(refs) == run.length:
         return sequence
-    if type(sequence) is EventTensor and sequence.is_events and sequence.has_steps:
+    if type(sequence) is EventTensor and sequence.is_events and sequence.has_steps and is_known(sequence):
         return sequence.some_steps(first, first + len(refs))
     return None if isinstance(sequence, TensorLike) else sequence[first : first + len(refs)]
 
