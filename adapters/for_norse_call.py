@@ -95,7 +95,7 @@ class Call(NamedTuple):
             recurrent = autocasting.rounded(recurrent)
         result = run_lif(
             current, sizes, neuron, v, i, plan.spike_grad, plan.b_th, recurrent=recurrent, z=z,
-            keep_states=keep_states, max_active=policy.MAX_ACTIVE, dense=asked_dense,
+            keep_states=keep_states, max_active=policy.max_active(current.device), dense=asked_dense,
         )  # fmt: skip
         count(
             layer, result, steps or 1, math.prod(sizes), plan.b_th, plan.why_dense, plan.dtype.itemsize,
@@ -120,6 +120,7 @@ class Call(NamedTuple):
     def _current(self, layer: LayerState) -> Any:
         """The current as the engine takes it: rows of N neurons."""
         current, neurons = self.current, self.plan.flat[1]
+        layer.begins |= self.begins
         if type(current) is DeferredCurrent and current.is_deferred and current.shape[-1] == neurons:
             if self.steps is not None:
                 current = of_all_steps(current)
@@ -128,8 +129,8 @@ class Call(NamedTuple):
                     layer.weights = WeightCache()
                 current.adopt(layer.weights)
             if type(current) is DeferredCurrent and current.is_deferred:
-                if self.begins:
-                    current.hub = current.hub.verified()
+                if layer.begins:
+                    current.hub, layer.begins = current.hub.verified(), False
                 else:
                     current.hub.used = True
                 return current

@@ -319,15 +319,23 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     reshaped = shape != flat
     if reshaped and start is not None:
         start = start.reshape(flat)
+    state.begins |= fresh
     if deferred:
-        if fresh:
-            input_.hub = input_.hub.verified()
+        if state.begins:
+            input_.hub, state.begins = input_.hub.verified(), False
         else:
             input_.hub.used = True
 
     go_dense = goes_dense(state)
     result = run_leaky(
-        input_, (1, *flat), neuron, start, parts.spike_grad, plan.b_th, max_active=policy.MAX_ACTIVE, dense=go_dense
+        input_,
+        (1, *flat),
+        neuron,
+        start,
+        parts.spike_grad,
+        plan.b_th,
+        max_active=policy.max_active(input_.device),
+        dense=go_dense,
     )
     spikes, after = result.spikes, result.mem_last
     if reshaped:

@@ -183,7 +183,7 @@ def _run(state: LayerState, plan: Any, current: Any, steps: int, start: Any, kee
         plan.parts.spike_grad,
         plan.b_th,
         keep_mem=keep_mem,
-        max_active=policy.MAX_ACTIVE,
+        max_active=policy.max_active(current.device),
         dense=asked_dense,
     )
     entries = steps * plan.flat[0] * plan.flat[1]

@@ -80,7 +80,7 @@ def count(
         return
     layer.path, layer.reason = f"dense {form}", why_dense
     if layer.reason is None:
-        layer.reason = "b_th is infinite" if math.isinf(b_th) else policy.WHY_ACTIVE
+        layer.reason = "b_th is infinite" if math.isinf(b_th) else policy.why_active(result.x.device)
     if not (asked_dense or math.isinf(b_th)):
         layer.went_dense()
     if steps > 1 or tally.dense_steps % layer.COUNT_DENSE_EVERY == 0:

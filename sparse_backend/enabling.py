@@ -73,6 +73,7 @@ class LayerState:
         self.weights: Any = None  #: WeightCache of a linear layer that has none itself
         self.site: Any = None  #: of the layer's last call in the forward that records now
         self.last_mem: Any = None  #: weak reference to the membrane handed out last
+        self.begins = True  #: a sequence has begun, and no step of it has yet looked whether weights were written to
         self.dense_for = 0  #: steps still to be run densely because activity was high
         self.dense_next = self.DENSE_STEPS_FIRST
         # What torch.compile may not find out while it traces: see the adapter's `prepare_to_trace`.

@@ -141,7 +141,7 @@ def _leaky(
         spike_grad,
         width,
         keep_mem=return_mem,
-        max_active=policy.MAX_ACTIVE,
+        max_active=policy.max_active(current.device),
     )
     mem_out = result.mem_seq if return_mem else result.mem_last
     assert mem_out is not None

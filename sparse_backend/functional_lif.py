@@ -213,7 +213,7 @@ def _lif(
         recurrent=recurrent,
         z=z,
         keep_states=return_states,
-        max_active=policy.MAX_ACTIVE,
+        max_active=policy.max_active(current.device),
     )
     states = (result.v_seq, result.i_seq) if return_states else (result.v_last, result.i_last)
     assert states[0] is not None

@@ -123,7 +123,7 @@ def test_dense_layers_say_why_and_what_cures_it():
     wide = enabled_copy(model, 50.0)
     run(wide, x)
     layer = sparse_backend.report(wide).layers[0]
-    assert layer.path == "dense step" and "25 % of its neurons are active" in layer.reason
+    assert layer.path == "dense step" and "40 % of its neurons are active" in layer.reason
 
 
 def test_the_table_names_every_layer():
