@@ -248,9 +248,9 @@ def why_not_recurrent(weight: Any, shape: torch.Size, current: Any, in_time: boo
 
 def shaped(x: Any, shape: torch.Size) -> Any:
     """Not a view: users detach_() states and outputs as they do any tensor."""
-    if x is None or type(x) is EventTensor:
-        return x if x is None or x.shape == shape else x.reshaped(shape)
-    return x if x.shape == shape and not x._is_view() else _unsafe_view(x, shape)
+    if type(x) is EventTensor:
+        return x if x.shape == shape else x.reshaped(shape)
+    return x if x is None or (x.shape == shape and not x._is_view()) else _unsafe_view(x, shape)
 
 
 def _last(spikes: Any, shape: torch.Size) -> Any:

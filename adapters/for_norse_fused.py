@@ -13,13 +13,13 @@ from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute_lif import LIResult
-from sparse_backend.tensorlike import TensorLike
+from sparse_backend.tensorlike import TensorLike, learns_of
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite
 
 from .for_norse_call import Call, OwnWeights, begins_as_norse, fitting, initial_state, shaped, why_not_recurrent
 from .for_norse_plan import Kind, Plan, make_plan, parts_of
-from .shared import learns_of, record_linear
+from .shared import record_linear
 
 
 def record(into: Recording, module: Any, layer: LayerState, kind: Kind, input_: Any, state: Any) -> Any:

@@ -14,12 +14,12 @@ from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent, WeightCache, unusual
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute import run_leaky
-from sparse_backend.tensorlike import TensorLike
+from sparse_backend.tensorlike import TensorLike, learns_of
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite
 
 from . import for_snntorch as step_form
-from .shared import count, goes_dense, learns_of, under_saved_tensor_hooks
+from .shared import count, goes_dense, under_saved_tensor_hooks
 
 _ZEROS = object()  #: the state of a layer that begins
 

@@ -36,11 +36,6 @@ def own_forward(module: Any) -> Any:
     return getattr(function, "__wrapped__", function)
 
 
-def learns_of(x: Any) -> bool:
-    """Whether gradients flow to a tensor, without asking a stand-in for its dense form."""
-    return x.learns if isinstance(x, TensorLike) else x.requires_grad
-
-
 class NoState:
     """The state of an enabled module that remembers nothing between calls."""
 
@@ -232,30 +227,28 @@ def convolution_forward(module: Any, input: Any) -> Any:
     if torch.compiler.is_compiling() or autocasting.is_on() or unusual() is not None or weight is None:
         return forward(module, input)  # a weight that is parametrized is made anew whenever someone asks for it
     into = recorder.current() if module.padding_mode == "zeros" else None
-    settings = module.stride, module.padding, module.dilation, module.groups
-    if (
-        into is not None
-        and type(input) is Tensor
-        and input._base is not None
-        and input._base is into.sparse.get(module)
-    ):
-        recorded = record_convolution(into, input, weight, parameters["bias"], *settings)
-        if recorded is not None:
-            return recorded
-    images = module.__dict__[STATE].events_of(input, 3) if convolution.can_be_events(input) else input
-    if images is None:
-        images = input
-        convolution.paths[weight] = convolution.why_dense(input)
+    sliced = type(input) is Tensor and input._base is not None
+    images = input
+    if into is not None and sliced and input._base is into.sparse.get(module):
+        to_record = True  # the next step of what has been seen to be sparse
+    else:
+        if convolution.can_be_events(input):
+            found = module.__dict__[STATE].events_of(input, 3)
+            if found is None:
+                convolution.paths[weight] = convolution.why_dense(input)
+            else:
+                images = found
+        to_record = type(images) is EventTensor and (images is input or (sliced and is_watchable(input)))
     if into is None or type(input) not in (Tensor, EventTensor):
         return forward(module, images)
-    whole = type(input) is EventTensor or input._base is not None
-    if whole and type(images) is EventTensor and (images is input or is_watchable(input)):
+    settings = module.stride, module.padding, module.dilation, module.groups
+    if to_record:
         recorded = record_convolution(into, input, weight, parameters["bias"], *settings)
         if recorded is not None:
-            if input is not images:
+            if sliced:
                 into.sparse[module] = input._base
             return recorded
-    if whole or input.requires_grad or not is_watchable(input):
+    if sliced or type(input) is EventTensor or input.requires_grad or not is_watchable(input):
         return forward(module, images)
     call = functools.partial(forward, module, images)
     return once(into, module, (input, weight, parameters["bias"]), settings, call)

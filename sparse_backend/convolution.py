@@ -46,9 +46,7 @@ class DeferredConvolution(TensorLike):
 
     @property
     def learns(self) -> bool:  # type: ignore[override]
-        hub = self.hub
-        learns = hub.given.requires_grad or (hub.bias is not None and hub.bias.requires_grad) or self.events.learns
-        return self._learns and learns
+        return self._learns and (self.hub.learns or self.events.learns)
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         if self._dense is None:

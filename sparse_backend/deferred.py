@@ -55,13 +55,14 @@ class WeightHub:
         return self._lowered
 
     @property
-    def is_unchanged(self) -> bool:
-        """Whether nobody has written to the weight, or it was copied."""
-        return self._versions is None or self._versions == _versions(self.given, self.bias)
+    def learns(self) -> bool:
+        """Whether gradients flow to the weight or the bias."""
+        learns = self.token is not None or self.given.requires_grad
+        return learns or (self.bias is not None and self.bias.requires_grad)
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if a weight that was not copied has been written to since the layer was called."""
-        if not self.is_unchanged:
+        if self._versions is not None and self._versions != _versions(self.given, self.bias):
             raise RuntimeError(
                 f"a layer's output was first looked at after its weight {list(self.given.shape)} was changed "
                 "in place. Look at it before: .to_dense() computes it"
@@ -223,9 +224,7 @@ class DeferredCurrent(TensorLike):
 
     @property
     def learns(self) -> bool:  # type: ignore[override]
-        hub = self.hub
-        learns = hub.token is not None or hub.given.requires_grad
-        return self._learns and (learns or (hub.bias is not None and hub.bias.requires_grad) or self.events.learns)
+        return self._learns and (self.hub.learns or self.events.learns)
 
     @property
     def is_deferred(self) -> bool:

@@ -434,18 +434,9 @@ class EventTensor(TensorLike):
             handle, active_indices, active_ptr = handle[begin:end], active_indices[begin:end], active_ptr - begin
         elif handle is not None:
             handle = handle[first:last]
-        return EventTensor(
-            (last - first, *self.shape[1:]),
-            self.row_ptr[first * rows : last * rows + 1],
-            self.indices,
-            self.values,
-            handle=handle,
-            active_ptr=active_ptr,
-            active_indices=active_indices,
-            dtype=self.dtype,
-            columns=self.columns,
-            check=False,
-        )
+        row_ptr = self.row_ptr[first * rows : last * rows + 1]
+        shape = (last - first, *self.shape[1:])
+        return self._with(shape, row_ptr, self.indices, self.values, handle, active_ptr, active_indices)
 
     @classmethod
     def stack(cls, steps: Sequence[EventTensor]) -> EventTensor:
@@ -475,18 +466,7 @@ class EventTensor(TensorLike):
             ]
             active_ptr, active_indices = _join(active)
             handle = torch.cat([part for part in handles if part is not None])
-        return cls(
-            shape,
-            row_ptr,
-            indices,
-            values,
-            handle=handle,
-            active_ptr=active_ptr,
-            active_indices=active_indices,
-            dtype=steps[0].dtype,
-            columns=steps[0].columns,
-            check=False,
-        )
+        return steps[0]._with(shape, row_ptr, indices, values, handle, active_ptr, active_indices)
 
     def reshaped(self, shape: torch.Size) -> EventTensor:
         """The same rows under another shape, as a tensor of its own; `as_view` shares its dense form with this one."""
@@ -521,18 +501,7 @@ class EventTensor(TensorLike):
             handle = handle[kept] * factors
         elif handle is not None:
             handle = handle * mask
-        return EventTensor(
-            self.shape,
-            row_ptr,
-            indices,
-            values,
-            handle=handle,
-            active_ptr=active_ptr,
-            active_indices=active_indices,
-            dtype=self.dtype,
-            columns=self.columns,
-            check=False,
-        )
+        return self._with(self.shape, row_ptr, indices, values, handle, active_ptr, active_indices)
 
     def _weights(self) -> Tensor:
         """What each event counts: [nnz]."""
@@ -557,21 +526,7 @@ class EventTensor(TensorLike):
             parts = self.active_indices.split(sizes)
             actives = [(ptr - ptr[0], part) for ptr, part in zip(pointers, parts, strict=True)]  # type: ignore[misc]
         row_ptrs = self.row_ptr.unfold(0, rows + 1, rows).unbind(0) if rows else [self.row_ptr] * size
-        return [
-            EventTensor(
-                shape,
-                row_ptrs[t],
-                self.indices,
-                self.values,
-                handle=handles[t],
-                active_ptr=actives[t][0],
-                active_indices=actives[t][1],
-                dtype=self.dtype,
-                columns=self.columns,
-                check=False,
-            )
-            for t in range(size)
-        ]
+        return [self._with(shape, row_ptrs[t], self.indices, self.values, handles[t], *actives[t]) for t in range(size)]
 
     def __getitem__(self, key: Any) -> Any:
         if type(key) is int and self.has_steps and self.is_events:
@@ -581,13 +536,19 @@ class EventTensor(TensorLike):
     def __iter__(self) -> Any:
         return (self[t] for t in range(len(self)))
 
-    def _map(self, function: Any) -> EventTensor:
-        parts = (self.row_ptr, self.indices, self.values, self.handle, self.active_ptr, self.active_indices)
-        row_ptr, indices, values, handle, active_ptr, active_indices = (
-            None if part is None else function(part) for part in parts
-        )
+    def _with(
+        self,
+        shape: Sequence[int],
+        row_ptr: Tensor,
+        indices: Tensor,
+        values: Tensor | None,
+        handle: Tensor | None = None,
+        active_ptr: Tensor | None = None,
+        active_indices: Tensor | None = None,
+    ) -> EventTensor:
+        """Other rows of as many columns and of this dtype."""
         return EventTensor(
-            self.shape,
+            shape,
             row_ptr,
             indices,
             values,
@@ -598,6 +559,13 @@ class EventTensor(TensorLike):
             columns=self.columns,
             check=False,
         )
+
+    def _map(self, function: Any) -> EventTensor:
+        parts = (self.row_ptr, self.indices, self.values, self.handle, self.active_ptr, self.active_indices)
+        row_ptr, indices, values, handle, active_ptr, active_indices = (
+            None if part is None else function(part) for part in parts
+        )
+        return self._with(self.shape, row_ptr, indices, values, handle, active_ptr, active_indices)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As `Tensor.to`; a change of device keeps the events, a change of dtype converts values and handle."""
@@ -644,9 +612,7 @@ class EventTensor(TensorLike):
 
     def without_handle(self) -> EventTensor:
         """The same events, which nothing learns from."""
-        return EventTensor(
-            self.shape, self.row_ptr, self.indices, self.values, dtype=self.dtype, columns=self.columns, check=False
-        )
+        return self._with(self.shape, self.row_ptr, self.indices, self.values)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not self.is_events:

@@ -64,6 +64,11 @@ def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def learns_of(x: Any) -> bool:
+    """Whether gradients flow to a tensor, without asking a stand-in for its dense form."""
+    return x.learns if isinstance(x, TensorLike) else x.requires_grad
+
+
 def _mutates(name: str) -> bool:
     return name in _IN_PLACE or name in _DENSE_FROM_NOW_ON or (name.endswith("_") and not name.endswith("__"))
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sparse_backend import autocasting, convolution, policy
 from sparse_backend.events import EventTensor, masked
-from sparse_backend.tensorlike import TensorLike, dense
+from sparse_backend.tensorlike import TensorLike, dense, learns_of
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, paused, take
 from sparse_backend.timefusion.sites import FunctionSite, SumSite, is_known
@@ -400,7 +400,7 @@ def _record(
     names = tuple(kwargs)
     key = (
         function, frame, names, into.mode(), autocasting.state(), tuple([t.requires_grad for t in fixed]),
-        tuple([t.spec if type(t) is Placeholder else (t.shape, t.dtype, _learns(t)) for t in tensors]),
+        tuple([t.spec if type(t) is Placeholder else (t.shape, t.dtype, learns_of(t)) for t in tensors]),
     )  # fmt: skip
     site: Any = into.sites.get(key)
     if writes and into.has_queued_writes(*writes) and into.writer_of(*writes) is not site:
@@ -421,7 +421,7 @@ def _record(
         folded = None if writes else _folded(function, call, first.shape, known, samplewise)
         reads = [t for t in fixed if not _is_one_of(t, writes)]
         into.sites[key] = site = FunctionSite(into, call, folded, reads, of_events=function in _OF_EVENTS)
-        learns = torch.is_grad_enabled() and any(map(_learns, (*tensors, *fixed)))
+        learns = torch.is_grad_enabled() and any(map(learns_of, (*tensors, *fixed)))
         learns = learns and dtype.is_floating_point and function not in _WITHOUT_GRADIENT
         site.outputs(first.device, (shape, dtype, learns))
         if function in _IN_CHUNKS and folded is not None:
@@ -438,10 +438,6 @@ def _record(
             into.watch(tensor)
     (out,) = site.add(tuple([into.input_ref(t) for t in tensors]))
     return out
-
-
-def _learns(tensor: Any) -> bool:
-    return tensor.learns if isinstance(tensor, TensorLike) else tensor.requires_grad  # type: ignore[no-any-return]
 
 
 class _Hole:

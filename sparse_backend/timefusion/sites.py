@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_backend import policy
 from sparse_backend.deferred import DeferredCurrent, defer, is_finite
 from sparse_backend.events import EventTensor
-from sparse_backend.tensorlike import TensorLike
+from sparse_backend.tensorlike import TensorLike, learns_of
 from sparse_backend.timefusion.recorder import Node, Placeholder, Recording, Run, Site, value
 
 _NOTHING = object()
@@ -153,8 +153,7 @@ class GivenSite(Site):
 
     def __init__(self, recording: Recording, result: Any) -> None:
         super().__init__(recording)
-        learns = result.learns if isinstance(result, TensorLike) else result.requires_grad
-        self.outputs(result.device, (result.shape, result.dtype, learns))
+        self.outputs(result.device, (result.shape, result.dtype, learns_of(result)))
         self.result = Constant(result)
 
     def hand_out(self) -> Placeholder:
