@@ -70,8 +70,12 @@ def prepare_to_trace(module: Any, state: LayerState) -> None:
     """torch.compile traces Norse's own code."""
 
 
-def forward(module: Any, input_tensor: Any, state: Any = None) -> Any:
-    """An enabled neuron's forward."""
+def forward_of(module: torch.nn.Module) -> Any:
+    """The forward of an enabled neuron."""
+    return _enabled_forward
+
+
+def _enabled_forward(module: Any, input_tensor: Any, state: Any = None) -> Any:
     layer = module.__dict__[STATE]
     if not torch.compiler.is_compiling():
         if autocasting.is_on():

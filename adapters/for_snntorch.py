@@ -1,4 +1,6 @@
-"""snnTorch: `Leaky` runs on the engine. Every other neuron, and every option not named here, runs snnTorch's own code.
+"""snnTorch: `Leaky`, `Synaptic`, `RLeaky` and `RSynaptic` run on the engine, the first one from here.
+
+Every other neuron, and every option not named here, runs snnTorch's own code.
 
 What a call accepts and returns, and what `module.mem` holds afterwards, is snnTorch's to the letter.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import snntorch
 import torch
@@ -23,11 +25,24 @@ from sparse_backend.execute import can_trace, run_leaky, run_leaky_traced
 from sparse_backend.tensorlike import TensorLike
 from sparse_backend.timefusion import recorder
 
+from .for_snntorch_fused import record
+from .for_snntorch_plan import FLOATS, KINDS, Kind, Plan, make_plan, neuron_of, parts_of, prepare_to_trace, versions_of
+from .for_snntorch_synaptic import call_now
+from .for_snntorch_synaptic_fused import record as record_synaptic
 from .shared import count, goes_dense, own_forward, under_saved_tensor_hooks
 
-_FLOATS = (torch.float32, torch.float64)
-_RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}  # Leaky's state functions
-_METHODS = ("fire", "mem_reset", "_base_state_function", *_RESETS)
+__all__ = [
+    "CONTAINERS",
+    "PATCHED",
+    "forward_of",
+    "has_spikes",
+    "is_neuron",
+    "lowest_threshold",
+    "prepare_to_trace",
+    "spike_grad",
+    "why_not",
+]
+
 _own_forward = Leaky.forward
 
 
@@ -41,13 +56,14 @@ def is_neuron(module: torch.nn.Module) -> bool:
 
 def why_not(module: torch.nn.Module) -> str | None:
     """Why a neuron is never accelerated; None where it may be."""
-    if type(module) is Leaky:
+    if type(module) in PATCHED:
         return None
     name = type(module).__name__
-    if isinstance(module, Leaky):
-        return f"{name} is a subclass of snntorch.Leaky and may differ from it"
+    for base in PATCHED:
+        if isinstance(module, base):
+            return f"{name} is a subclass of snntorch.{base.__name__} and may differ from it"
     known = getattr(snntorch, name, None) is type(module)
-    return f"snntorch.{name} is not accelerated yet" if known else f"{name} is not snntorch.Leaky"
+    return f"snntorch.{name} is not accelerated yet" if known else f"{name} is not snnTorch's own"
 
 
 def has_spikes(module: torch.nn.Module) -> bool:
@@ -63,7 +79,12 @@ def lowest_threshold(module: Any) -> float:
     return float(module.threshold.detach().min()) if module.threshold.numel() else math.inf
 
 
-def forward(module: Any, input_: Any, mem: Any = None) -> Any:
+def forward_of(module: torch.nn.Module) -> Any:
+    """The forward of an enabled neuron."""
+    return _leaky_forward if type(module) is Leaky else _synaptic_forward
+
+
+def _leaky_forward(module: Any, input_: Any, mem: Any = None) -> Any:
     """An enabled `Leaky`'s forward."""
     if torch.compiler.is_compiling():
         return _compiled_forward(module, input_, mem)
@@ -95,172 +116,55 @@ def _wide(module: Any, input_: Any, mem: Any) -> tuple[Any, Any]:
     return autocasting.widened(input_), autocasting.widened(mem)
 
 
+def _synaptic_forward(module: Any, input_: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of an enabled neuron with more state."""
+    kind = KINDS[type(module)]
+    given = _given(kind, args, kwargs)
+    if torch.compiler.is_compiling() or given is None:
+        return own_forward(module)(module, input_, *args, **kwargs)
+    state = module.__dict__[STATE]
+    if autocasting.is_on():
+        input_, given = _wide_states(module, kind, input_, given)
+    into = recorder.enclosing()
+    if into is not None:
+        recorded = record_synaptic(into, module, kind, state, input_, given) if into.accepts() else None
+        if recorded is not None:
+            return recorded
+        into.settle(module)
+    return call_now(module, kind, state, input_, given)
+
+
+def _patched_synaptic(state_for: Any, module: Any, input_: Any, *args: Any, **kwargs: Any) -> Any:
+    kind = KINDS[type(module)]
+    given = _given(kind, args, kwargs)
+    if torch.compiler.is_compiling() or given is None:
+        return own_forward(module)(module, input_, *args, **kwargs)
+    if autocasting.is_on():
+        input_, given = _wide_states(module, kind, input_, given)
+    return call_now(module, kind, state_for(module), input_, given)
+
+
+def _given(kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The states a call was given, None where it was not; None for a call that snnTorch refuses."""
+    n = len(args)
+    if n > len(kind.states) or any(name not in kind.states[n:] for name in kwargs):
+        return None
+    return *args, *(kwargs.get(name) for name in kind.states[n:])
+
+
+def _wide_states(module: Any, kind: Kind, input_: Any, given: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """A call's current and states in the precision of its parameters, where autocast has made them narrow."""
+    for name in kind.states:
+        if name in module._buffers:
+            module._buffers[name] = autocasting.widened(module._buffers[name])
+    return autocasting.widened(input_), tuple(map(autocasting.widened, given))
+
+
 #: modules that are not neurons but run better for them: class -> forward and state
 CONTAINERS: dict[type, Any] = {}
 
 #: classes whose `forward` is replaced by `patch`, and by what: called with how to find a module's state first
-PATCHED = {Leaky: _patched_forward}
-
-
-# What a call needs to know of a module.
-
-
-class _Parts(NamedTuple):
-    """Everything a user may change between calls that a plan depends on."""
-
-    beta: Tensor
-    threshold: Tensor
-    graded: Tensor
-    spike_grad: surrogate.SpikeGrad
-    reset_number: Any
-    state_function: Any  # the plain function, and whether it is bound to the module: a plan must not keep its module
-    is_bound: bool
-    reset_delay: bool
-    state_quant: Any
-    inhibition: bool
-
-
-class _Plan(NamedTuple):
-    """What follows from a module's parts, as long as they are the same objects at the same versions."""
-
-    parts: _Parts
-    versions: tuple[Any, ...]
-    shape: torch.Size  # of the current
-    dtype: torch.dtype
-    why_framework: str | None
-    flat: tuple[int, int]  # (B, N)
-    neuron: dynamics.Leaky | None  # None where beta or threshold must be prepared at each call, to learn
-    template: dynamics.Leaky | None
-    b_th: float
-    why_dense: str | None
-
-
-def _part(module: Any, name: str) -> Any:
-    part = module._buffers.get(name)
-    if part is None:
-        part = module._parameters.get(name)
-    return getattr(module, name) if part is None else part  # a replica's or a parametrized one
-
-
-def _parts(module: Any) -> _Parts:
-    own = module.__dict__
-    grad = own.get("spike_grad")
-    function = own["state_function"]
-    return _Parts(
-        _part(module, "beta"),
-        _part(module, "threshold"),
-        _part(module, "graded_spikes_factor"),
-        module.spike_grad if grad is None else grad,
-        module._buffers.get("reset_mechanism_val"),
-        getattr(function, "__func__", function),
-        getattr(function, "__self__", None) is module or "_is_replica" in own,  # a replica's is bound to the original
-        own["reset_delay"],
-        own["state_quant"],
-        own["inhibition"],
-    )
-
-
-def _versions(parts: _Parts) -> tuple[Any, ...]:
-    beta, threshold, graded, _, reset, *_ = parts
-    return (
-        beta._version, threshold._version, graded._version, reset._version,
-        beta.requires_grad, threshold.requires_grad, graded.requires_grad,
-    )  # fmt: skip
-
-
-def _make_plan(module: Any, state: LayerState, parts: _Parts, shape: torch.Size, dtype: torch.dtype) -> _Plan:
-    prepare_to_trace(module, state)
-    tail = _tail(shape)
-    flat = (shape[0] if len(shape) > 1 else 1, tail.numel())
-    reset = getattr(parts.state_function, "__name__", "")
-    reason = _why_framework(module, parts, shape, dtype, reset)
-    neuron = template = why_dense = None
-    b_th = math.inf
-    if reason is None:
-        beta = _per_neuron(parts.beta, shape, dtype)
-        threshold = _per_neuron(parts.threshold, shape, dtype)
-        if beta is None or threshold is None:
-            name, part = ("beta", parts.beta) if beta is None else ("threshold", parts.threshold)
-            reason = f"its {name} {list(part.shape)} is not one number, or one per neuron of {list(tail)}"
-        else:
-            graded = parts.graded
-            learns = graded.requires_grad or float(graded) != 1
-            template = dynamics.Leaky(
-                beta, threshold, dynamics.RESETS[_RESETS[reset]], parts.reset_delay, graded if learns else None
-            )
-            as_it_is = beta is parts.beta and threshold is parts.threshold
-            if bool(((beta >= 0) & (beta <= 1)).all()):
-                neuron = template if as_it_is else None
-            if neuron is None and not (beta.requires_grad or threshold.requires_grad):
-                neuron = template._replace(beta=beta.clamp(0, 1))
-            b_th = policy.resolve_b_th(state.b_th, parts.spike_grad)
-            if state.b_th == "auto" and policy.is_broad(b_th, float(threshold.detach().min())):
-                why_dense = policy.why_broad(b_th)
-    return _Plan(parts, _versions(parts), shape, dtype, reason, flat, neuron, template, b_th, why_dense)
-
-
-def _why_framework(module: Any, parts: _Parts, shape: torch.Size, dtype: torch.dtype, reset: str) -> str | None:
-    """Why calls with these parts run snnTorch's own code; None where they need not."""
-    own = module.__dict__
-    if parts.state_quant:
-        return "state_quant is not accelerated"
-    if parts.inhibition:
-        return "inhibition is not accelerated"
-    if own.get("surrogate_disable"):
-        return "surrogate_disable leaves no derivative to be sparse"
-    if not parts.is_bound or reset not in _RESETS or parts.state_function is not getattr(Leaky, reset):
-        return "its state_function is not its own"
-    if SpikingNeuron.reset_dict[_RESETS[reset]] != int(parts.reset_number):
-        return "reset_mechanism was changed after it was made, which snnTorch heeds in part"
-    replaced = [name for name in _METHODS if name in own]
-    if replaced:
-        return f"its {replaced[0]} was replaced"
-    if dtype not in _FLOATS:
-        return f"its current is {dtype}, not float32 or float64"
-    if not shape or not shape.numel():
-        return f"its current has shape {list(shape)}"
-    if parts.graded.numel() != 1 or parts.graded.dim() > 1 or (parts.graded.dim() and parts.graded.dtype != dtype):
-        return f"graded_spikes_factor {list(parts.graded.shape)} of {parts.graded.dtype} is not one number"
-    graded = float(parts.graded.detach())
-    if not math.isfinite(graded) or graded == 0:
-        return f"graded_spikes_factor is {graded}"
-    if isinstance(parts.spike_grad, torch.nn.Module) and any(p.requires_grad for p in parts.spike_grad.parameters()):
-        return "its surrogate has parameters that learn"
-    return surrogate.inspect(parts.spike_grad).problem
-
-
-def _tail(shape: torch.Size) -> torch.Size:
-    """The neurons of a current [B, ...], or of one without a batch."""
-    return shape[1:] if len(shape) > 1 else shape
-
-
-def _per_neuron(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-    """beta or threshold as [] or [N], differentiably; None where it is neither one number nor one per neuron of a
-    current of this shape, or has more dimensions than that, which the spikes would then have too."""
-    tail = _tail(shape)
-    if part.dim() > len(shape):
-        return None
-    if part.dim() and part.is_floating_point() and part.dtype != dtype:
-        return None  # it would promote
-    if part.dim() > len(tail) and part.shape[0] != 1:
-        return None
-    part = part if part.dtype == dtype else part.to(dtype)
-    if part.numel() == 1 or (part.dim() == 1 and len(tail) == 1 and part.shape == tail):
-        return part if part.dim() <= 1 else part.reshape(())
-    try:
-        return part.expand(1, *tail).reshape(-1)
-    except RuntimeError:
-        return None
-
-
-def _neuron(plan: _Plan) -> dynamics.Leaky:
-    """The neuron of a plan, its learnable parts made from the parameters anew."""
-    if plan.neuron is not None:
-        return plan.neuron
-    assert plan.template is not None
-    beta, threshold = (_per_neuron(part, plan.shape, plan.dtype) for part in (plan.parts.beta, plan.parts.threshold))
-    assert beta is not None and threshold is not None
-    return plan.template._replace(beta=beta.clamp(0, 1), threshold=threshold)
+PATCHED = {Leaky: _patched_forward, **dict.fromkeys(KINDS, _patched_synaptic)}
 
 
 # One call.
@@ -291,17 +195,17 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
 
     shape, dtype = input_.shape, input_.dtype
     fresh = state.last_mem is None or state.last_mem() is not before  # not what was handed out last: a sequence begins
-    parts = _parts(module)
-    plan: _Plan | None = state.plan
+    parts = parts_of(module)
+    plan: Plan | None = state.plan
     if (
         plan is None
         or fresh
         or plan.shape != shape
         or plan.dtype is not dtype
         or any(map(operator.is_not, parts, plan.parts))
-        or _versions(parts) != plan.versions
+        or versions_of(parts) != plan.versions
     ):
-        plan = state.plan = _make_plan(module, state, parts, shape, dtype)
+        plan = state.plan = make_plan(module, state, parts, shape, dtype)
     reason = plan.why_framework
     start = before if before.shape == shape else None
     if start is None and under_saved_tensor_hooks():  # a checkpoint's second run is given zeros, and must save as much
@@ -314,7 +218,7 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     if reason is not None:
         return _framework(module, state, reason, input_, mem)
 
-    neuron = _neuron(plan)
+    neuron = neuron_of(plan)
     flat = plan.flat
     reshaped = shape != flat
     if reshaped and start is not None:
@@ -376,7 +280,7 @@ def _compiled_forward(module: Any, input_: Any, mem: Any) -> Any:
         or module.surrogate_disable
         or (mem is not None and module.init_hidden)
         or input_.dim() != 2
-        or input_.dtype not in _FLOATS
+        or input_.dtype not in FLOATS
         or beta.dim() > 1
         or threshold.dim() > 1
         or beta.dtype != input_.dtype
@@ -398,16 +302,3 @@ def _compiled_forward(module: Any, input_: Any, mem: Any) -> Any:
     if module.output or not module.init_hidden:
         return spikes, after
     return spikes
-
-
-def prepare_to_trace(module: Any, state: LayerState) -> None:
-    """What `_compiled_forward` may not find out while it is traced."""
-    known = surrogate.inspect(module.spike_grad)
-    state.traced_for = module.spike_grad if known.problem is None else None
-    state.traced_b_th = policy.resolve_b_th(state.b_th, module.spike_grad)
-    state.traced_reset = _RESETS.get(getattr(module.state_function, "__name__", ""), "")
-    graded = module.graded_spikes_factor
-    state.traced_graded = graded.requires_grad or graded.numel() != 1 or float(graded.detach()) != 1
-
-
-from .for_snntorch_fused import record  # noqa: E402  (it needs this module)

@@ -18,7 +18,7 @@ from sparse_backend.tensorlike import TensorLike, learns_of
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite
 
-from . import for_snntorch as step_form
+from .for_snntorch_plan import make_plan, neuron_of, parts_of, versions_of
 from .shared import count, goes_dense, under_saved_tensor_hooks
 
 _ZEROS = object()  #: the state of a layer that begins
@@ -72,9 +72,9 @@ def _record_first(
         or plan.shape != shape
         or plan.dtype is not dtype
         or not _same_objects(own, buffers, module._parameters, module._modules, plan.parts)
-        or step_form._versions(plan.parts) != plan.versions
+        or versions_of(plan.parts) != plan.versions
     ):
-        plan = state.plan = step_form._make_plan(module, state, step_form._parts(module), shape, dtype)
+        plan = state.plan = make_plan(module, state, parts_of(module), shape, dtype)
     parts = plan.parts
     if plan.why_framework is not None or parts.beta.device != input_.device or before.device != input_.device:
         return None
@@ -178,7 +178,7 @@ def _run(state: LayerState, plan: Any, current: Any, steps: int, start: Any, kee
     result = run_leaky(
         current,
         (steps, *plan.flat),
-        step_form._neuron(plan),
+        neuron_of(plan),
         None if start is None else start.reshape(plan.flat),
         plan.parts.spike_grad,
         plan.b_th,

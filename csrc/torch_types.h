@@ -29,6 +29,10 @@ template <>
 constexpr ScalarType scalar_type<int32_t>() {
     return ScalarType::Int;
 }
+template <>
+constexpr ScalarType scalar_type<uint8_t>() {
+    return ScalarType::Byte;
+}
 
 inline MaybeTensor contiguous(const MaybeTensor& tensor) {
     return tensor.has_value() ? MaybeTensor(torch::stable::contiguous(*tensor)) : tensor;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_backend import policy
-from sparse_backend.autocasting import NARROW, dtype_of, lowered, widened
+from sparse_backend.autocasting import NARROW, dtype_of, lowered, rounded, widened
 from sparse_backend.deferred import DeferredCurrent, WeightHub, is_finite
 from sparse_backend.events import EventTensor
 from sparse_backend.reference.linear_leaky import sums_dtype
@@ -40,6 +40,21 @@ def check_like(like: Tensor, **others: Tensor | None) -> None:
 def check_state(name: str, state: Tensor | None, batch: int, neurons: int) -> None:
     if state is not None and state.shape != (batch, neurons):
         raise ValueError(f"{name}: expected [{batch}, {neurons}], got {list(state.shape)}")
+
+
+def check_recurrent(current: Tensor, recurrent: Tensor | None, before: Tensor | None, name: str) -> Tensor | None:
+    """Recurrent weights [N, N] as autocast rounds them. before: the spikes [B, N] they meet first, called `name`."""
+    _, batch, neurons = current.shape
+    check_tensors(("recurrent", name), **{"recurrent": recurrent, name: before})
+    if recurrent is not None and recurrent.shape != (neurons, neurons):
+        raise ValueError(f"recurrent: expected [{neurons}, {neurons}], got {list(recurrent.shape)}")
+    if before is not None and recurrent is None:
+        raise ValueError(f"{name}: expected None without recurrent weights, got a tensor")
+    check_state(name, before, batch, neurons)
+    if recurrent is not None:
+        recurrent = rounded(widened(recurrent))
+    check_like(current, **{"recurrent": recurrent, name: before})
+    return recurrent
 
 
 def check_reset(reset: Any, known: dict[str, int]) -> int:

@@ -42,6 +42,17 @@ class LIF(NamedTuple):
     reset_to: Tensor  #: read by VALUE alone
     reset: int = VALUE  #: VALUE (v = reset_to), SUBTRACT (v = u - threshold) or NONE
     detached: bool = False  #: no gradient flows through the spike in the reset
+    discrete: bool = False  #: other equations, and another meaning of mem_gain, reset and i: see `discrete`
+
+
+def discrete(beta: Tensor, alpha: Tensor | None, threshold: Tensor, reset: int) -> LIF:
+    """snnTorch's neurons with a synaptic current, or with recurrent weights: `Synaptic`, `RLeaky`, `RSynaptic`.
+
+    i[t] = alpha i[t-1] + I[t];  V[t] = beta V[t-1] + i[t], reset by a past spike;  S[t] = H(V[t] - threshold).
+    beta, alpha, threshold: [] or [N], beta and alpha within [0, 1]; alpha None: no synaptic current, i[t] = I[t].
+    reset: SUBTRACT, ZERO (all of V[t]) or NONE.
+    """
+    return LIF(beta, alpha, None, threshold, threshold.detach(), reset, True, True)
 
 
 class LI(NamedTuple):

@@ -163,7 +163,7 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
         state, value = module.__dict__.get(STATE), chosen.get(name, math.inf)  # a readout has no surrogate
         if state is None:
             state = LayerState(name, value)
-            _override(module, adapter.forward, state)
+            _override(module, adapter.forward_of(module), state)
         elif state.b_th != value:
             state.b_th, state.plan = value, None
         else:

@@ -56,26 +56,37 @@ def run_lif(
     *,
     recurrent: Tensor | None = None,  # [N, N] weights from the spikes of the step before
     z: Tensor | None = None,  # [B, N] spikes before the first step, zeros if None; only with `recurrent`
+    inflow: Tensor | None = None,  # [B, N], what else joins the first step's current
     keep_states: bool = False,
     max_active: float = 1.0,
     dense: bool = False,
 ) -> LIFResult:
     """Run `neuron`; its spikes have the shape of `current`. Gradients reach whatever of the arguments requires them.
 
-    Dense regime if `dense`, if b_th is infinite, or if more than `max_active` of all entries are active.
+    Of a discrete neuron, i decays before the first step too, as it does after every one. Dense regime if `dense`, if
+    b_th is infinite, or if more than `max_active` of all entries are active.
     """
     _native.load()
-    if recurrent is not None and z is not None:
-        first = dense_of(exactly(torch.nn.functional.linear, z, recurrent))  # what it adds to the first step's inflow
-        i = first if i is None else i + first
+    if neuron.discrete and i is not None and neuron.syn_decay is not None:
+        i = neuron.syn_decay * i
+    for part in (inflow, None if recurrent is None or z is None else _from_spikes(z, recurrent)):
+        if part is not None:
+            i = part if i is None else i + part
     if shape[0] == 1:
         recurrent = None  # no step has one before it
+        if neuron.discrete and neuron.syn_decay is not None:
+            neuron = neuron._replace(syn_decay=neuron.syn_decay.detach())  # nor one after it
     arguments = _Arguments(current, shape, neuron, v, i, recurrent, keep_states)
     if not (dense or math.isinf(b_th)):
         result = _run_sparse(arguments, spike_grad, b_th, max_active)
         if result is not None:
             return result
     return _run_dense(arguments, spike_grad, b_th)
+
+
+def _from_spikes(z: Tensor, recurrent: Tensor) -> Tensor:
+    """[B, N], what the spikes before the first step add to its inflow."""
+    return dense_of(exactly(torch.nn.functional.linear, z, recurrent))
 
 
 def run_li(
@@ -139,7 +150,7 @@ class _Arguments:
         """spike_grad: the surrogate, None where nothing spikes."""
         neuron = self.neuron
         learns = [self.learns and part is not None and part.requires_grad for part in neuron[:2]]
-        options = (neuron.reset, neuron.detached, b_th, dense, self.keep_states, *learns, max_active)
+        options = (neuron.reset, neuron.discrete, neuron.detached, b_th, dense, self.keep_states, *learns, max_active)
         if not self.needs_g or spike_grad is None:
             return LIFOutput(*self.call(*self.input, *self.states, None, *options))
         out = LIFOutput(*self.call.plain(*self.input, *self.states, None, *options))

@@ -38,18 +38,22 @@ from sparse_backend.dynamics import RESETS, Leaky
 from sparse_backend.events import EventTensor
 from sparse_backend.execute import run_leaky
 from sparse_backend.functional_lif import LIFSequence, LISequence, li, lif, linear_li, linear_lif
+from sparse_backend.functional_synaptic import SynapticSequence, linear_synaptic, synaptic
 from sparse_backend.surrogate import SpikeGrad
 
 __all__ = [
     "LIFSequence",
     "LISequence",
     "LeakySequence",
+    "SynapticSequence",
     "leaky",
     "li",
     "lif",
     "linear_leaky",
     "linear_li",
     "linear_lif",
+    "linear_synaptic",
+    "synaptic",
 ]
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from sparse_backend import policy
 from sparse_backend.arguments import (
     check_like,
+    check_recurrent,
     check_reset,
     check_state,
     check_steps,
@@ -35,7 +36,6 @@ from sparse_backend.arguments import (
     linear_current,
     per_neuron,
 )
-from sparse_backend.autocasting import rounded, widened
 from sparse_backend.dynamics import LI, LIF, LIF_RESETS
 from sparse_backend.events import EventTensor
 from sparse_backend.execute_lif import run_li, run_lif
@@ -192,16 +192,7 @@ def _lif(
 ) -> LIFSequence:
     code = check_reset(reset, LIF_RESETS)
     shape, coefficients = _checked(current, values, v, i)
-    _, batch, neurons = shape
-    check_tensors(("recurrent", "z"), recurrent=recurrent, z=z)
-    if recurrent is not None and recurrent.shape != (neurons, neurons):
-        raise ValueError(f"recurrent: expected [{neurons}, {neurons}], got {list(recurrent.shape)}")
-    if z is not None and recurrent is None:
-        raise ValueError("z: expected None without recurrent weights, got a tensor")
-    check_state("z", z, batch, neurons)
-    if recurrent is not None:
-        recurrent = rounded(widened(recurrent))
-    check_like(current, recurrent=recurrent, z=z)
+    recurrent = check_recurrent(current, recurrent, z, "z")
     result = run_lif(
         current,
         shape,

@@ -26,8 +26,8 @@ from sparse_backend.ops import leaky as leaky_ops
 from sparse_backend.ops import lif as lif_ops
 from sparse_backend.ops import linear_leaky as linear_leaky_ops
 from sparse_backend.ops import linear_lif as linear_lif_ops
-from sparse_backend.ops.leaky import LeakyOutput
-from sparse_backend.ops.lif import LIFOutput, Neuron
+from sparse_backend.ops.leaky import SUBTRACT, LeakyOutput
+from sparse_backend.ops.lif import VALUE, LIFOutput, Neuron
 from sparse_backend.reference import events as event_twins
 from sparse_backend.reference import linear_leaky as linear_leaky_twins
 from sparse_backend.reference import linear_lif as linear_lif_twins
@@ -156,13 +156,13 @@ def test_linear_leaky_against_its_twin(dtype, kind):
     assert all(part.dtype == F32 for part in ours)
 
 
-def lif_layer(dtype: torch.dtype, draw: Any = dyadic) -> tuple[Any, Any]:
+def lif_layer(dtype: torch.dtype, draw: Any = dyadic, discrete: bool = False) -> tuple[Any, Any]:
     steps, batch, inputs, neurons = 3, 3, 90, 75
     x = make_events(steps * batch, inputs, 0.1, 1, F32, graded=True)
     quarter = torch.tensor(0.25)
     neuron = Neuron(
         2 * quarter, 3 * quarter, 0 * quarter, 4 * quarter, 0 * quarter, dyadic((batch, neurons), 3), None,
-        dyadic((neurons, neurons), 8), None, 3, False, 0.5, False,
+        dyadic((neurons, neurons), 8), None, SUBTRACT if discrete else VALUE, discrete, discrete, 0.5, False,
     )  # fmt: skip
     weight, (ptr, where) = draw((neurons, inputs), 2, dtype), make_active(steps * batch, inputs, 0.1, 5)
     forward = (
@@ -181,8 +181,9 @@ def lif_layer(dtype: torch.dtype, draw: Any = dyadic) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_linear_lif_against_its_twin(dtype):
-    forward, backward = lif_layer(dtype)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_linear_lif_against_its_twin(dtype, discrete):
+    forward, backward = lif_layer(dtype, discrete=discrete)
     out = LIFOutput(*linear_lif_ops.linear_lif(*forward))
     for name, ours, twin in zip(LIFOutput._fields, out, linear_lif_twins.linear_lif(*forward), strict=True):
         equal(ours, twin, f"forward {name}", exact=True)

@@ -14,7 +14,7 @@ from test_ops import kernels
 from sparse_backend import _build
 from sparse_backend.ops import lif as lif_ops
 from sparse_backend.ops import linear_lif as linear_lif_ops
-from sparse_backend.ops.lif import LIFOutput
+from sparse_backend.ops.lif import ZERO, LIFOutput
 
 __all__ = ["kernels"]  # the fixture loads them here too
 
@@ -56,11 +56,13 @@ def test_chunks_against_the_twins(case, l2_bytes):
 
 @pytest.mark.parametrize("l2_bytes", [emulation.L2_BYTES, 1 << 15], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize(("recurrent", "dense"), [(False, False), (False, True), (True, False), (True, True)])
-def test_results_do_not_depend_on_the_order_of_blocks_and_threads(recurrent, dense, l2_bytes):
+@pytest.mark.parametrize("discrete", [False, True])
+def test_results_do_not_depend_on_the_order_of_blocks_and_threads(discrete, recurrent, dense, l2_bytes):
     """Bit for bit: a block that walks a sample has barriers where it needs them."""
     steps, batch, inputs, neurons = 9, 5, 60, 70
     x = cases.make_events(steps * batch, inputs, 0.1, 1, torch.float64, graded=True)
-    neuron = cases.make_neuron(neurons, batch, torch.float64, recurrent, dense=dense)
+    equations = {"discrete": True, "detached": True, "leak": None, "reset": ZERO} if discrete else {}
+    neuron = cases.make_neuron(neurons, batch, torch.float64, recurrent, dense=dense, **equations)
     ptr, where = cases.make_active(steps * batch, inputs, 0.1, 5)
     weight, needs = normal((neurons, inputs), 2), 255 if recurrent else 127
     results = []

@@ -831,7 +831,8 @@ def test_other_neurons_between(way: Way, other: str) -> None:
 
     def recipe(grad: Any) -> Any:
         net = Net(grad, loop)
-        net.other = OTHERS[other](SPIKE_GRAD).double()  # not accelerated, so not masked either
+        masked = other in ("Synaptic", "RLeaky")  # what is not accelerated is not masked either
+        net.other = OTHERS[other](grad if masked else SPIKE_GRAD).double()
         return wake(net)
 
     def reset(net: Any) -> Any:

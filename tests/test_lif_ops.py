@@ -36,7 +36,7 @@ from test_ops import (
 from torch import Tensor
 
 from sparse_backend import _native
-from sparse_backend.dynamics import LIF_RESETS
+from sparse_backend.dynamics import LIF_RESETS, RESETS
 from sparse_backend.ops import event_linear as event_linear_ops
 from sparse_backend.ops import hub as hub_ops
 from sparse_backend.ops import lif as lif_ops
@@ -98,14 +98,20 @@ def neurons_of(
     if draw(st.booleans()):
         scale = 1.0 / max(neurons, 1) ** 0.5
         recurrent = lay_out(numbers((neurons, neurons), seed + 12, dtype, scale), draw(LAYOUT))
+    discrete = draw(st.booleans())
+    if discrete:
+        parameters["leak"] = None
+        if draw(st.booleans()):  # silent neurons that the first step resets
+            parameters["threshold"] = -parameters["threshold"]
     neuron = Neuron(
         **parameters,
         v=state(10),
         i=state(11),
         recurrent=recurrent,
         g=None,
-        reset=LIF_RESETS[draw(RESET)],
-        detached=draw(st.booleans()),
+        reset=draw(st.sampled_from(sorted(RESETS.values()))) if discrete else LIF_RESETS[draw(RESET)],
+        discrete=discrete,
+        detached=discrete or draw(st.booleans()),
         b_th=draw(B_TH),
         dense=draw(st.booleans()) if dense is None else dense,
     )
@@ -244,6 +250,7 @@ def make_neuron(neurons: int, batch: int, dtype: torch.dtype, recurrent: bool = 
         "recurrent": normal((neurons, neurons), 92, dtype, neurons**-0.5) if recurrent else None,
         "g": None,
         "reset": LIF_RESETS["value"],
+        "discrete": False,
         "detached": False,
         "b_th": 0.3,
         "dense": False,
@@ -285,7 +292,7 @@ def test_ties_do_not_spike_and_the_band_is_open(reset, dtype, neurons):
     """u == threshold is no spike, |u - threshold| == b_th is not active."""
     current = torch.tensor([1.0, 0.5, 1.5, 0.0, 2.0], dtype=dtype).view(5, 1, 1).expand(5, 2, neurons).contiguous()
     one, zero = torch.tensor(1.0, dtype=dtype), torch.tensor(0.0, dtype=dtype)
-    neuron = Neuron(one, None, zero, one, zero, None, None, None, None, LIF_RESETS[reset], False, 0.5, False)
+    neuron = Neuron(one, None, zero, one, zero, None, None, None, None, LIF_RESETS[reset], False, False, 0.5, False)
     out = LIFOutput(*lif_ops.lif(current, *neuron, *Options(True, True, False)))  # u is the current
     assert out.spike_ptr[::2].tolist() == [n * neurons for n in (0, 0, 0, 2, 2, 4)]
     assert out.active_ptr[::2].tolist() == [n * neurons for n in (0, 2, 2, 2, 2, 2)]
@@ -311,7 +318,7 @@ def test_too_many_active_entries_keep_nothing(max_active):
     """Half of all entries are active: above max_active nothing is kept and active_ptr says so by being empty."""
     current = torch.tensor([1.0, 5.0]).repeat(3, 2, 20)
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
-    neuron = Neuron(one, None, zero, one, zero, None, None, None, None, LIF_RESETS["none"], False, 0.5, False)
+    neuron = Neuron(one, None, zero, one, zero, None, None, None, None, LIF_RESETS["none"], False, False, 0.5, False)
     out = LIFOutput(*lif_ops.lif(current, *neuron, *Options(True, True, False, max_active)))
     if max_active < 0.5:
         assert all(part.numel() == 0 for part in out)

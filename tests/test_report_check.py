@@ -128,7 +128,7 @@ def test_dense_layers_say_why_and_what_cures_it():
 
 def test_the_table_names_every_layer():
     model, x = Model(CASE), make_input("spikes", CASE, 0.4)
-    model.other = snn.Synaptic(alpha=0.9, beta=0.8)
+    model.other = snn.Alpha(alpha=0.9, beta=0.8)
     net = enabled_copy(model, {"neurons.0": 0.2, "neurons.1": INF})
     run(net, x)
     net.neurons[0].state_quant = lambda mem: mem.round()
@@ -143,7 +143,7 @@ def test_the_table_names_every_layer():
     assert [row.split()[0] for row in rows[:3]] == ["neurons.0", "neurons.1", "other"]
     assert "framework" in rows[0] and "state_quant" in rows[0]
     assert "inf" in rows[1] and "b_th is infinite" in rows[1]
-    assert "snntorch.Synaptic is not accelerated yet" in rows[2]
+    assert "snntorch.Alpha is not accelerated yet" in rows[2]
     assert str(report) == repr(report)
     html = report._repr_html_()
     assert html.startswith("<table>") and html.count("<tr>") == 4 and "neurons.0" in html

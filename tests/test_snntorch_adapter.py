@@ -172,8 +172,8 @@ def test_a_model_without_spiking_layers_is_told_so_once():
         net = sparse_backend.enable(nn.Sequential(nn.Linear(3, 3)))
     assert len(seen) == 1
     assert "forward" not in net[0].__dict__
-    with pytest.warns(UserWarning, match=r"0: snntorch\.Synaptic is not accelerated yet"):
-        sparse_backend.enable(nn.Sequential(snn.Synaptic(alpha=0.9, beta=0.8)))
+    with pytest.warns(UserWarning, match=r"0: snntorch\.Alpha is not accelerated yet"):
+        sparse_backend.enable(nn.Sequential(snn.Alpha(alpha=0.9, beta=0.8)))
 
 
 def test_a_broad_surrogate_is_named_once_with_the_cure():

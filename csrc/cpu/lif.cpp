@@ -22,6 +22,7 @@ struct LifNeuron {
     Tensor threshold, reset_to;
     MaybeTensor v, i, recurrent;
     int64_t reset;
+    bool discrete;
     double b_th;
     bool dense, keep_states, keep_drive, keep_inflow;
     double max_active;
@@ -52,7 +53,8 @@ LifResult forward(LifForward<T>& a, const Tensor& like, const LifNeuron& neuron)
                         "recurrent: expected [", neurons, ", ", neurons, "]");
         a.recurrent = recurrent.emplace(*neuron.recurrent).get();
     }
-    a.reset = static_cast<int>(neuron.reset), a.b_th = static_cast<T>(neuron.b_th), a.dense = neuron.dense;
+    a.reset = static_cast<int>(neuron.reset), a.discrete = neuron.discrete;
+    a.b_th = static_cast<T>(neuron.b_th), a.dense = neuron.dense;
     const auto sequence = [&](bool wanted, T*& to) {
         Tensor out = empty(like, wanted ? std::vector<int64_t>{steps, batch, neurons} : std::vector<int64_t>{0});
         to = wanted ? output<T>(out) : nullptr;
@@ -103,11 +105,11 @@ LifResult forward(LifForward<T>& a, const Tensor& like, const LifNeuron& neuron)
 
 LifResult lif(const Tensor& given, const Tensor& mem_gain, MaybeTensor syn_decay, MaybeTensor leak,
               const Tensor& threshold, const Tensor& reset_to, MaybeTensor v, MaybeTensor i, MaybeTensor recurrent,
-              MaybeTensor, int64_t reset, bool, double b_th, bool dense, bool keep_states, bool keep_drive,
-              bool keep_inflow, double max_active) {
+              MaybeTensor, int64_t reset, bool discrete, bool, double b_th, bool dense, bool keep_states,
+              bool keep_drive, bool keep_inflow, double max_active) {
     const Tensor current = torch::stable::contiguous(given);
-    const auto neuron = make<LifNeuron>(mem_gain, syn_decay, leak, threshold, reset_to, v, i, recurrent, reset, b_th,
-                                        dense, keep_states, keep_drive, keep_inflow, max_active);
+    const auto neuron = make<LifNeuron>(mem_gain, syn_decay, leak, threshold, reset_to, v, i, recurrent, reset,
+                                        discrete, b_th, dense, keep_states, keep_drive, keep_inflow, max_active);
     return SPARSE_BACKEND_DISPATCH(current, "lif", [&] {
         LifForward<scalar_t> a{};
         a.steps = current.size(0), a.batch = current.size(1), a.neurons = current.size(2);
@@ -120,11 +122,11 @@ LifResult linear_lif(const Tensor& row_ptr, const Tensor& indices, MaybeTensor v
                      MaybeTensor, const Tensor& weight, MaybeTensor bias, MaybeTensor, int64_t, int64_t steps,
                      int64_t batch, const Tensor& mem_gain, MaybeTensor syn_decay, MaybeTensor leak,
                      const Tensor& threshold, const Tensor& reset_to, MaybeTensor v, MaybeTensor i,
-                     MaybeTensor recurrent, MaybeTensor, int64_t reset, bool, double b_th, bool dense, bool keep_states,
-                     bool keep_drive, bool keep_inflow, double max_active) {
+                     MaybeTensor recurrent, MaybeTensor, int64_t reset, bool discrete, bool, double b_th, bool dense,
+                     bool keep_states, bool keep_drive, bool keep_inflow, double max_active) {
     check_events(row_ptr, indices, steps * batch, weight.size(1), "input events");
-    const auto neuron = make<LifNeuron>(mem_gain, syn_decay, leak, threshold, reset_to, v, i, recurrent, reset, b_th,
-                                        dense, keep_states, keep_drive, keep_inflow, max_active);
+    const auto neuron = make<LifNeuron>(mem_gain, syn_decay, leak, threshold, reset_to, v, i, recurrent, reset,
+                                        discrete, b_th, dense, keep_states, keep_drive, keep_inflow, max_active);
     return SPARSE_BACKEND_DISPATCH(weight, "linear_lif", [&] {
         LifForward<scalar_t> a{};
         const PaddedWeight<scalar_t> padded_weight(weight);
@@ -146,7 +148,7 @@ enum Needs : int64_t { kV, kI, kMemGain, kSynDecay, kLeak, kThreshold, kResetTo,
 // The arguments every backward of this neuron is given, and the struct made of them.
 struct LifSaved {
     MaybeTensor grad_x, grad_v_last, grad_i_last, grad_v_seq, grad_i_seq, x, g, spike_ptr, spike_indices, active_ptr,
-        active_indices, drive, inflow;
+        active_indices, drive, inflow, first_reset;
     Tensor mem_gain;
     MaybeTensor syn_decay;
     Tensor threshold, reset_to;
@@ -154,7 +156,7 @@ struct LifSaved {
     int64_t steps, batch, neurons;
     bool leaks;
     int64_t reset;
-    bool detached;
+    bool discrete, detached;
     double b_th;
     bool dense;
     int64_t needs;
@@ -168,14 +170,20 @@ class LifWalk {
     LifBackward<T> a{};
 
     explicit LifWalk(const LifSaved& saved) : saved_(saved) {
-        for (MaybeTensor* tensor : {&saved_.grad_x, &saved_.grad_v_last, &saved_.grad_i_last, &saved_.grad_v_seq,
-                                    &saved_.grad_i_seq, &saved_.x, &saved_.g, &saved_.drive, &saved_.inflow})
+        for (MaybeTensor* tensor :
+             {&saved_.grad_x, &saved_.grad_v_last, &saved_.grad_i_last, &saved_.grad_v_seq, &saved_.grad_i_seq,
+              &saved_.x, &saved_.g, &saved_.drive, &saved_.inflow, &saved_.first_reset})
             *tensor = contiguous(*tensor);
         const int64_t neurons = saved_.neurons;
         mem_gain_ = per_neuron<T>(saved_.mem_gain, neurons, T(0), "mem_gain");
         threshold_ = per_neuron<T>(saved_.threshold, neurons, T(0), "threshold");
         reset_to_ = per_neuron<T>(saved_.reset_to, neurons, T(0), "reset_to");
-        for (const T gain : mem_gain_) keep_.push_back(saved_.leaks ? T(1) - gain : T(1));
+        if (saved_.discrete) {
+            keep_.assign(mem_gain_.size(), T(1));
+            keep_.swap(mem_gain_);
+        } else {
+            for (const T gain : mem_gain_) keep_.push_back(saved_.leaks ? T(1) - gain : T(1));
+        }
         a.steps = saved_.steps, a.batch = saved_.batch, a.neurons = neurons;
         a.grad_x = pointer<T>(saved_.grad_x, "grad_x");
         a.grad_v_last = pointer<T>(saved_.grad_v_last, "grad_v_last");
@@ -186,14 +194,16 @@ class LifWalk {
         a.active = rows(saved_.active_ptr, saved_.active_indices);
         a.spikes = rows(saved_.spike_ptr, saved_.spike_indices);
         a.drive = pointer<T>(saved_.drive, "drive"), a.inflow = pointer<T>(saved_.inflow, "inflow");
+        a.first_reset = pointer<uint8_t>(saved_.first_reset, "first_reset");
         a.mem_gain = mem_gain_.data(), a.keep = keep_.data();
         if (saved_.syn_decay.has_value()) {
             syn_decay_ = per_neuron<T>(*saved_.syn_decay, neurons, T(0), "syn_decay");
             a.syn_decay = syn_decay_.data();
         }
         a.threshold = threshold_.data(), a.reset_to = reset_to_.data();
-        a.reset = static_cast<int>(saved_.reset), a.b_th = static_cast<T>(saved_.b_th), a.dense = saved_.dense;
-        a.attached = !saved_.detached && a.reset != kNone && saved_.g.has_value();
+        a.reset = static_cast<int>(saved_.reset), a.discrete = saved_.discrete;
+        a.b_th = static_cast<T>(saved_.b_th), a.dense = saved_.dense;
+        a.attached = !saved_.detached && !a.discrete && a.reset != kNone && saved_.g.has_value();
         a.is_recurrent = saved_.recurrent.has_value() && saved_.g.has_value() && !a.dense;
         if (a.is_recurrent) {
             a.recurrent = recurrent_.emplace(*saved_.recurrent).get();
@@ -318,9 +328,12 @@ class LifWalk {
                  {&now.grad_x, &now.grad_v_seq, &now.grad_i_seq, &now.x, &now.g, &now.drive, &now.inflow})
                 if (*part != nullptr) *part += t * entries;
             T* const here = output<T>(delta) + t * entries;
+            if (t > 0 && a.x != nullptr) now.x_before = a.x + (t - 1) * entries;
+            if (t > 0) now.first_reset = nullptr;
             std::optional<Tensor> back;
             if (t + 1 < a.steps) {
-                now.grad_v_last = output<T>(lambda), now.grad_i_last = here + entries;
+                now.grad_v_last = output<T>(lambda);
+                now.grad_i_last = nullptr, now.delta_after = here + entries;
                 back = torch::stable::matmul(torch::stable::select(delta, 0, t + 1), *saved_.recurrent);
                 now.back = pointer<T>(*back, "back");
             }
@@ -339,13 +352,14 @@ using LifGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 LifGrads lif_backward(MaybeTensor grad_x, MaybeTensor grad_v_last, MaybeTensor grad_i_last, MaybeTensor grad_v_seq,
                       MaybeTensor grad_i_seq, MaybeTensor x, MaybeTensor g, MaybeTensor spike_ptr,
                       MaybeTensor spike_indices, MaybeTensor active_ptr, MaybeTensor active_indices, MaybeTensor drive,
-                      MaybeTensor inflow, const Tensor& mem_gain, MaybeTensor syn_decay, const Tensor& threshold,
-                      const Tensor& reset_to, MaybeTensor recurrent, int64_t steps, int64_t batch, int64_t neurons,
-                      bool leaks, int64_t reset, bool detached, double b_th, bool dense, int64_t needs) {
+                      MaybeTensor inflow, MaybeTensor first_reset, const Tensor& mem_gain, MaybeTensor syn_decay,
+                      const Tensor& threshold, const Tensor& reset_to, MaybeTensor recurrent, int64_t steps,
+                      int64_t batch, int64_t neurons, bool leaks, int64_t reset, bool discrete, bool detached,
+                      double b_th, bool dense, int64_t needs) {
     const auto saved =
         make<LifSaved>(grad_x, grad_v_last, grad_i_last, grad_v_seq, grad_i_seq, x, g, spike_ptr, spike_indices,
-                       active_ptr, active_indices, drive, inflow, mem_gain, syn_decay, threshold, reset_to, recurrent,
-                       steps, batch, neurons, leaks, reset, detached, b_th, dense, needs);
+                       active_ptr, active_indices, drive, inflow, first_reset, mem_gain, syn_decay, threshold, reset_to,
+                       recurrent, steps, batch, neurons, leaks, reset, discrete, detached, b_th, dense, needs);
     return SPARSE_BACKEND_DISPATCH(mem_gain, "lif_backward", [&]() -> LifGrads {
         LifWalk<scalar_t> walk(saved);
         const Tensor delta = empty(mem_gain, {steps, batch, neurons});
@@ -364,14 +378,15 @@ LinearLifGrads linear_lif_backward(const Tensor& row_ptr, const Tensor& indices,
                                    MaybeTensor grad_v_last, MaybeTensor grad_i_last, MaybeTensor grad_v_seq,
                                    MaybeTensor grad_i_seq, MaybeTensor x, MaybeTensor g, MaybeTensor spike_ptr,
                                    MaybeTensor spike_indices, MaybeTensor active_ptr, MaybeTensor active_indices,
-                                   MaybeTensor drive, MaybeTensor inflow, const Tensor& mem_gain, MaybeTensor syn_decay,
-                                   const Tensor& threshold, const Tensor& reset_to, MaybeTensor recurrent,
-                                   int64_t steps, int64_t batch, int64_t neurons, bool leaks, int64_t reset,
-                                   bool detached, double b_th, bool dense, int64_t needs) {
+                                   MaybeTensor drive, MaybeTensor inflow, MaybeTensor first_reset,
+                                   const Tensor& mem_gain, MaybeTensor syn_decay, const Tensor& threshold,
+                                   const Tensor& reset_to, MaybeTensor recurrent, int64_t steps, int64_t batch,
+                                   int64_t neurons, bool leaks, int64_t reset, bool discrete, bool detached,
+                                   double b_th, bool dense, int64_t needs) {
     const auto saved =
         make<LifSaved>(grad_x, grad_v_last, grad_i_last, grad_v_seq, grad_i_seq, x, g, spike_ptr, spike_indices,
-                       active_ptr, active_indices, drive, inflow, mem_gain, syn_decay, threshold, reset_to, recurrent,
-                       steps, batch, neurons, leaks, reset, detached, b_th, dense, needs);
+                       active_ptr, active_indices, drive, inflow, first_reset, mem_gain, syn_decay, threshold, reset_to,
+                       recurrent, steps, batch, neurons, leaks, reset, discrete, detached, b_th, dense, needs);
     return SPARSE_BACKEND_DISPATCH(weight, "linear_lif_backward", [&]() -> LinearLifGrads {
         using T = scalar_t;
         STD_TORCH_CHECK(!dense || !recurrent.has_value(), "recurrent: expected lists of active entries, got a dense x");

@@ -268,12 +268,14 @@ struct LifForwardScan {
     const T* v_before = nullptr;  // [B, N], leak if null
     const T* i_before = nullptr;  // [B, N], zeros if null
     int reset;
+    bool discrete;  // snnTorch's equations: see LifForward in params.h
     T b_th;
-    bool dense;          // x at every entry, else at active ones alone
-    T* x;                // [steps, B, N]
-    T* v;                // [B, N]
-    T* i = nullptr;      // [B, N], where there is a synaptic current
-    T* v_seq = nullptr;  // [steps, B, N] where kept, as the rest
+    bool dense;            // x at every entry, else at active ones alone
+    T* x;                  // [steps, B, N]
+    T* v;                  // [B, N]
+    T* i = nullptr;        // [B, N], where there is a synaptic current: as handed out
+    T* i_state = nullptr;  // [B, N], where there is one or recurrence: as it enters the next step; `i` or scratch
+    T* v_seq = nullptr;    // [steps, B, N] where kept, as the rest
     T* i_seq = nullptr;
     T* drive = nullptr;
     T* inflow = nullptr;
@@ -282,7 +284,6 @@ struct LifForwardScan {
     // recurrent layers alone
     Weight<T> recurrent;        // a row per presynaptic neuron
     uint32_t* fired = nullptr;  // bits [B, words] of the step before the chunk, then of its last
-    T* i_state = nullptr;       // [B, N] scratch, or `i`
 };
 template <typename T>
 int lif_forward(const LifForwardScan<T>& a, Stream stream);
@@ -305,9 +306,11 @@ struct LifBackwardScan {
     const uint32_t* spikes = nullptr;
     const T* drive = nullptr;
     const T* inflow = nullptr;
+    const uint8_t* first_reset = nullptr;  // [B, N], discrete: what step 0 resets; null: where threshold < 0
     PerNeuron<T> mem_gain, syn_decay, threshold, reset_to;
     bool leaks;
     int reset;
+    bool discrete;
     bool attached;  // gradients run through the spike in the reset
     T b_th;
     bool dense;

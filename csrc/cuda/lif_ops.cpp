@@ -22,6 +22,7 @@ struct LifNeuron {
     Tensor threshold, reset_to;
     MaybeTensor v, i, recurrent;
     int64_t reset;
+    bool discrete;
     double b_th;
     bool dense, keep_states, keep_drive, keep_inflow;
     double max_active;
@@ -44,7 +45,8 @@ LifResult forward(const Device& on, int64_t steps, int64_t batch, int64_t neuron
     scan.leak = coefficient<T>(on, neuron.leak, neurons, "leak");
     scan.threshold = per_neuron<T>(on, neuron.threshold, neurons, "threshold");
     scan.reset_to = per_neuron<T>(on, neuron.reset_to, neurons, "reset_to");
-    scan.reset = static_cast<int>(neuron.reset), scan.b_th = static_cast<T>(neuron.b_th), scan.dense = neuron.dense;
+    scan.reset = static_cast<int>(neuron.reset), scan.discrete = neuron.discrete;
+    scan.b_th = static_cast<T>(neuron.b_th), scan.dense = neuron.dense;
     check_state(neuron.v, batch, neurons, "v"), check_state(neuron.i, batch, neurons, "i");
     neuron.v = contiguous(neuron.v), neuron.i = contiguous(neuron.i);
     const T *const v_given = on.read<T>(neuron.v, "v"), *const i_given = on.read<T>(neuron.i, "i");
@@ -61,14 +63,15 @@ LifResult forward(const Device& on, int64_t steps, int64_t batch, int64_t neuron
     const auto state = [&](bool wanted) {
         return on.make<T>(wanted ? std::vector<int64_t>{batch, neurons} : std::vector<int64_t>{0});
     };
-    const Tensor v_last = state(true), i_last = state(synaptic), i_scratch = state(is_recurrent && !synaptic);
+    const bool apart = synaptic ? neuron.discrete : is_recurrent;  // what i goes on with is not what is handed out
+    const Tensor v_last = state(true), i_last = state(synaptic), i_scratch = state(apart);
     const Tensor dense_x = sequence(neuron.dense), v_seq = sequence(neuron.keep_states);
     const Tensor i_seq = sequence(neuron.keep_states && synaptic), drive = sequence(neuron.keep_drive);
     const Tensor inflow = sequence(neuron.keep_inflow);
     const Tensor fired = on.zeros<int32_t>({is_recurrent ? batch : 0, words_of(neurons)});
     scan.v = on.write<T>(v_last);
     scan.i = synaptic ? on.write<T>(i_last) : nullptr;
-    scan.i_state = synaptic ? scan.i : on.write<T>(i_scratch);
+    scan.i_state = apart ? on.write<T>(i_scratch) : scan.i;
     scan.fired = is_recurrent ? reinterpret_cast<uint32_t*>(on.write<int32_t>(fired)) : nullptr;
 
     const auto run = [&](int64_t first_step, int64_t here, T* scratch) {
@@ -79,7 +82,7 @@ LifResult forward(const Device& on, int64_t steps, int64_t batch, int64_t neuron
         scan.steps = here;
         scan.x = neuron.dense ? part(dense_x, true) : scratch;
         scan.current = current_of(first_step, here, scan.x);
-        scan.v_before = begins ? v_given : scan.v, scan.i_before = begins ? i_given : scan.i;
+        scan.v_before = begins ? v_given : scan.v, scan.i_before = begins ? i_given : scan.i_state;
         scan.v_seq = part(v_seq, neuron.keep_states), scan.i_seq = part(i_seq, neuron.keep_states && synaptic);
         scan.drive = part(drive, neuron.keep_drive), scan.inflow = part(inflow, neuron.keep_inflow);
         on.check(lif_forward(scan, on.stream()));
@@ -128,12 +131,12 @@ LifResult forward(const Device& on, int64_t steps, int64_t batch, int64_t neuron
 
 LifResult lif(const Tensor& given, const Tensor& mem_gain, MaybeTensor syn_decay, MaybeTensor leak,
               const Tensor& threshold, const Tensor& reset_to, MaybeTensor v, MaybeTensor i, MaybeTensor recurrent,
-              MaybeTensor, int64_t reset, bool, double b_th, bool dense, bool keep_states, bool keep_drive,
-              bool keep_inflow, double max_active) {
+              MaybeTensor, int64_t reset, bool discrete, bool, double b_th, bool dense, bool keep_states,
+              bool keep_drive, bool keep_inflow, double max_active) {
     check_size(given.size(0) * given.size(1), given.size(2), "lif");
     const Tensor current = torch::stable::contiguous(given);
-    LifNeuron neuron{mem_gain, syn_decay, leak,  threshold,   reset_to,   v,           i,         recurrent,
-                     reset,    b_th,      dense, keep_states, keep_drive, keep_inflow, max_active};
+    LifNeuron neuron{mem_gain, syn_decay, leak, threshold, reset_to,    v,          i,           recurrent,
+                     reset,    discrete,  b_th, dense,     keep_states, keep_drive, keep_inflow, max_active};
     return SPARSE_BACKEND_DISPATCH(current, "lif", [&] {
         const Device on(current, "current");
         const int64_t batch = current.size(1), neurons = current.size(2);
@@ -148,12 +151,12 @@ LifResult linear_lif(const Tensor& row_ptr, const Tensor& indices, MaybeTensor v
                      MaybeTensor, const Tensor& weight, MaybeTensor bias, MaybeTensor, int64_t, int64_t steps,
                      int64_t batch, const Tensor& mem_gain, MaybeTensor syn_decay, MaybeTensor leak,
                      const Tensor& threshold, const Tensor& reset_to, MaybeTensor v, MaybeTensor i,
-                     MaybeTensor recurrent, MaybeTensor, int64_t reset, bool, double b_th, bool dense, bool keep_states,
-                     bool keep_drive, bool keep_inflow, double max_active) {
+                     MaybeTensor recurrent, MaybeTensor, int64_t reset, bool discrete, bool, double b_th, bool dense,
+                     bool keep_states, bool keep_drive, bool keep_inflow, double max_active) {
     check_events(row_ptr, steps * batch, "input events");
     check_size(steps * batch, weight.size(0), "linear_lif");
-    LifNeuron neuron{mem_gain, syn_decay, leak,  threshold,   reset_to,   v,           i,         recurrent,
-                     reset,    b_th,      dense, keep_states, keep_drive, keep_inflow, max_active};
+    LifNeuron neuron{mem_gain, syn_decay, leak, threshold, reset_to,    v,          i,           recurrent,
+                     reset,    discrete,  b_th, dense,     keep_states, keep_drive, keep_inflow, max_active};
     return SPARSE_BACKEND_DISPATCH(mem_gain, "linear_lif", [&] {
         const Device on(weight, "weight");
         const int64_t neurons = weight.size(0);
@@ -177,7 +180,7 @@ enum Needs : int64_t { kV, kI, kMemGain, kSynDecay, kLeak, kThreshold, kResetTo,
 // The arguments every backward of this neuron is given.
 struct LifSaved {
     MaybeTensor grad_x, grad_v_last, grad_i_last, grad_v_seq, grad_i_seq, x, g, spike_ptr, spike_indices, active_ptr,
-        active_indices, drive, inflow;
+        active_indices, drive, inflow, first_reset;
     Tensor mem_gain;
     MaybeTensor syn_decay;
     Tensor threshold, reset_to;
@@ -185,7 +188,7 @@ struct LifSaved {
     int64_t steps, batch, neurons;
     bool leaks;
     int64_t reset;
-    bool detached;
+    bool discrete, detached;
     double b_th;
     bool dense;
     int64_t needs;
@@ -200,7 +203,7 @@ std::vector<Tensor> adjoint(const Device& on, LifSaved& saved, bool need_bias, i
     const int64_t steps = saved.steps, batch = saved.batch, neurons = saved.neurons, n_rows = steps * batch;
     const int64_t words = words_of(neurons), step = batch * neurons;
     for (MaybeTensor* tensor : {&saved.grad_x, &saved.grad_v_last, &saved.grad_i_last, &saved.grad_v_seq,
-                                &saved.grad_i_seq, &saved.x, &saved.g, &saved.drive, &saved.inflow})
+                                &saved.grad_i_seq, &saved.x, &saved.g, &saved.drive, &saved.inflow, &saved.first_reset})
         *tensor = contiguous(*tensor);
     LifBackwardScan<T> a{};
     a.total_steps = steps, a.batch = batch, a.neurons = neurons;
@@ -212,13 +215,14 @@ std::vector<Tensor> adjoint(const Device& on, LifSaved& saved, bool need_bias, i
     a.x = on.read<T>(saved.x, "x"), a.g = on.read<T>(saved.g, "g");
     a.has_g = saved.g.has_value();
     a.drive = on.read<T>(saved.drive, "drive"), a.inflow = on.read<T>(saved.inflow, "inflow");
+    a.first_reset = on.read<uint8_t>(saved.first_reset, "first_reset");
     a.mem_gain = per_neuron<T>(on, saved.mem_gain, neurons, "mem_gain");
     a.syn_decay = coefficient<T>(on, saved.syn_decay, neurons, "syn_decay");
     a.threshold = per_neuron<T>(on, saved.threshold, neurons, "threshold");
     a.reset_to = per_neuron<T>(on, saved.reset_to, neurons, "reset_to");
-    a.leaks = saved.leaks, a.reset = static_cast<int>(saved.reset), a.dense = saved.dense;
-    a.b_th = static_cast<T>(saved.b_th);
-    a.attached = !saved.detached && a.reset != kNone && a.has_g;
+    a.leaks = saved.leaks, a.reset = static_cast<int>(saved.reset), a.discrete = saved.discrete;
+    a.b_th = static_cast<T>(saved.b_th), a.dense = saved.dense;
+    a.attached = !saved.detached && !a.discrete && a.reset != kNone && a.has_g;
     const bool comes_back = saved.recurrent.has_value() && a.has_g;
 
     const auto per_sample = [&](bool wanted) { return on.make<T>({wanted ? batch : 0, neurons}); };
@@ -298,14 +302,14 @@ using LifGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 LifGrads lif_backward_op(MaybeTensor grad_x, MaybeTensor grad_v_last, MaybeTensor grad_i_last, MaybeTensor grad_v_seq,
                          MaybeTensor grad_i_seq, MaybeTensor x, MaybeTensor g, MaybeTensor spike_ptr,
                          MaybeTensor spike_indices, MaybeTensor active_ptr, MaybeTensor active_indices,
-                         MaybeTensor drive, MaybeTensor inflow, const Tensor& mem_gain, MaybeTensor syn_decay,
-                         const Tensor& threshold, const Tensor& reset_to, MaybeTensor recurrent, int64_t steps,
-                         int64_t batch, int64_t neurons, bool leaks, int64_t reset, bool detached, double b_th,
-                         bool dense, int64_t needs) {
-    LifSaved saved{grad_x,    grad_v_last,   grad_i_last, grad_v_seq,     grad_i_seq, x,      g,
-                   spike_ptr, spike_indices, active_ptr,  active_indices, drive,      inflow, mem_gain,
-                   syn_decay, threshold,     reset_to,    recurrent,      steps,      batch,  neurons,
-                   leaks,     reset,         detached,    b_th,           dense,      needs};
+                         MaybeTensor drive, MaybeTensor inflow, MaybeTensor first_reset, const Tensor& mem_gain,
+                         MaybeTensor syn_decay, const Tensor& threshold, const Tensor& reset_to, MaybeTensor recurrent,
+                         int64_t steps, int64_t batch, int64_t neurons, bool leaks, int64_t reset, bool discrete,
+                         bool detached, double b_th, bool dense, int64_t needs) {
+    LifSaved saved{grad_x,        grad_v_last, grad_i_last,    grad_v_seq, grad_i_seq, x,           g,        spike_ptr,
+                   spike_indices, active_ptr,  active_indices, drive,      inflow,     first_reset, mem_gain, syn_decay,
+                   threshold,     reset_to,    recurrent,      steps,      batch,      neurons,     leaks,    reset,
+                   discrete,      detached,    b_th,           dense,      needs};
     return SPARSE_BACKEND_DISPATCH(mem_gain, "lif_backward", [&]() -> LifGrads {
         const Device on(mem_gain, "mem_gain");
         const Tensor delta = on.make<scalar_t>({steps, batch, neurons});
@@ -324,14 +328,15 @@ LinearLifGrads linear_lif_backward(const Tensor& row_ptr, const Tensor& indices,
                                    MaybeTensor grad_v_last, MaybeTensor grad_i_last, MaybeTensor grad_v_seq,
                                    MaybeTensor grad_i_seq, MaybeTensor x, MaybeTensor g, MaybeTensor spike_ptr,
                                    MaybeTensor spike_indices, MaybeTensor active_ptr, MaybeTensor active_indices,
-                                   MaybeTensor drive, MaybeTensor inflow, const Tensor& mem_gain, MaybeTensor syn_decay,
-                                   const Tensor& threshold, const Tensor& reset_to, MaybeTensor recurrent,
-                                   int64_t steps, int64_t batch, int64_t neurons, bool leaks, int64_t reset,
-                                   bool detached, double b_th, bool dense, int64_t needs) {
-    LifSaved saved{grad_x,    grad_v_last,   grad_i_last, grad_v_seq,     grad_i_seq, x,      g,
-                   spike_ptr, spike_indices, active_ptr,  active_indices, drive,      inflow, mem_gain,
-                   syn_decay, threshold,     reset_to,    recurrent,      steps,      batch,  neurons,
-                   leaks,     reset,         detached,    b_th,           dense,      needs};
+                                   MaybeTensor drive, MaybeTensor inflow, MaybeTensor first_reset,
+                                   const Tensor& mem_gain, MaybeTensor syn_decay, const Tensor& threshold,
+                                   const Tensor& reset_to, MaybeTensor recurrent, int64_t steps, int64_t batch,
+                                   int64_t neurons, bool leaks, int64_t reset, bool discrete, bool detached,
+                                   double b_th, bool dense, int64_t needs) {
+    LifSaved saved{grad_x,        grad_v_last, grad_i_last,    grad_v_seq, grad_i_seq, x,           g,        spike_ptr,
+                   spike_indices, active_ptr,  active_indices, drive,      inflow,     first_reset, mem_gain, syn_decay,
+                   threshold,     reset_to,    recurrent,      steps,      batch,      neurons,     leaks,    reset,
+                   discrete,      detached,    b_th,           dense,      needs};
     return SPARSE_BACKEND_DISPATCH(mem_gain, "linear_lif_backward", [&]() -> LinearLifGrads {
         using T = scalar_t;
         const Device on(mem_gain, "mem_gain");

@@ -5,7 +5,8 @@ the model's own surrogate to it: at the active entries alone, a 1-D tensor, or e
 which gradients flow, and recurrence, need the surrogate's derivative g inside the op: run it (`call_lif.plain`),
 evaluate g at x, and attach the backward with g among the arguments (`call_lif.attach`).
 
-A leaky integrator is the dense form with threshold 0 and no reset: there x is v.
+A leaky integrator is the dense form with threshold 0 and no reset: there x is v. Where `discrete` is set, the equations
+are those of snnTorch's neurons: see the twin.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from sparse_backend.ops._library import autograd, define, dynamic_size
 from sparse_backend.reference import lif as reference
-from sparse_backend.reference.leaky import NONE, SUBTRACT
+from sparse_backend.reference.leaky import NONE, SUBTRACT, ZERO
 from sparse_backend.reference.lif import NEEDS, VALUE
 
-__all__ = ["NEEDS", "NONE", "SUBTRACT", "VALUE", "LIFOutput", "call_lif", "lif", "lif_backward"]
+__all__ = ["NEEDS", "NONE", "SUBTRACT", "VALUE", "ZERO", "LIFOutput", "call_lif", "lif", "lif_backward"]
 
 
 class LIFOutput(NamedTuple):
@@ -29,15 +30,17 @@ class LIFOutput(NamedTuple):
 
     x: Tensor  #: [n_active] u - threshold at the active entries, or [T, B, N] where `dense`; differentiable
     v_last: Tensor  #: [B, N] membrane after the last step; differentiable, as are the next three
-    i_last: Tensor  #: [B, N] synaptic current after the last step, where there is one
+    i_last: (
+        Tensor  #: [B, N] synaptic current after the last step, where there is one; `discrete`: its inflow, not decayed
+    )
     v_seq: Tensor  #: [T, B, N] where `keep_states`
     i_seq: Tensor  #: [T, B, N] where `keep_states` and there is a synaptic current
     spike_ptr: Tensor  #: [R + 1] int32; [0] where `dense`, unless there are recurrent weights
     spike_indices: Tensor  #: [n_spikes] int32
     active_ptr: Tensor  #: [R + 1] int32; [0] where `dense` or more than `max_active` of all are active: nothing is kept
     active_indices: Tensor  #: [n_active] int32
-    drive: Tensor  #: [T, B, N] (leak - v) + inflow where `keep_drive`: mem_gain's gradient
-    inflow: Tensor  #: [T, B, N] i + current where `keep_inflow`: syn_decay's gradient
+    drive: Tensor  #: [T, B, N] what mem_gain multiplies, where `keep_drive`: its gradient
+    inflow: Tensor  #: [T, B, N] i + current, where `keep_inflow`: syn_decay's gradient
 
 
 #: how many outputs are differentiable, the first ones
@@ -46,7 +49,7 @@ LEARNING_OUTPUTS = 5
 
 def fake_output(like: Tensor, steps: int, batch: int, neurons: int, arguments: tuple[Any, ...]) -> LIFOutput:
     """Shapes of the forward's outputs. arguments: the op's from `mem_gain` on."""
-    neuron, (keep_states, keep_drive, keep_inflow, _) = Neuron(*arguments[:13]), arguments[13:]
+    neuron, (keep_states, keep_drive, keep_inflow, _) = Neuron(*arguments[:14]), arguments[14:]
     dense, synaptic = neuron.dense, neuron.syn_decay is not None
     lists = not dense or neuron.recurrent is not None
     rows, sequence = steps * batch, (steps, batch, neurons)
@@ -87,7 +90,7 @@ def _fake(current: Tensor, *arguments: Any) -> LIFOutput:
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    mem_gain, (steps, batch, neurons), needs = args[13], args[18:21], args[-1]
+    mem_gain, (steps, batch, neurons), needs = args[14], args[19:22], args[-1]
     return mem_gain.new_empty(steps, batch, neurons), *fake_neuron_grads(mem_gain, batch, neurons, needs)
 
 
@@ -95,13 +98,13 @@ NEURON = (
     "Tensor mem_gain, Tensor? syn_decay, Tensor? leak, Tensor threshold, Tensor reset_to, Tensor? v, Tensor? i,"
     " Tensor? recurrent, Tensor? g"
 )
-RESET = "int reset, bool detached, float b_th, bool dense"
+RESET = "int reset, bool discrete, bool detached, float b_th, bool dense"
 OPTIONS = f"{RESET}, bool keep_states, bool keep_drive, bool keep_inflow, float max_active"
 GRADS = "Tensor? grad_x, Tensor? grad_v_last, Tensor? grad_i_last, Tensor? grad_v_seq, Tensor? grad_i_seq"
 SAVED = (
     "Tensor? x, Tensor? g, Tensor? spike_ptr, Tensor? spike_indices, Tensor? active_ptr, Tensor? active_indices,"
-    " Tensor? drive, Tensor? inflow, Tensor mem_gain, Tensor? syn_decay, Tensor threshold, Tensor reset_to,"
-    " Tensor? recurrent"
+    " Tensor? drive, Tensor? inflow, Tensor? first_reset, Tensor mem_gain, Tensor? syn_decay, Tensor threshold,"
+    " Tensor reset_to, Tensor? recurrent"
 )
 RETURNS = f"({', '.join(['Tensor'] * len(LIFOutput._fields))})"
 
@@ -130,6 +133,7 @@ class Neuron(NamedTuple):
     recurrent: Tensor | None
     g: Tensor | None
     reset: int
+    discrete: bool
     detached: bool
     b_th: float
     dense: bool
@@ -151,8 +155,8 @@ def needs_name(needs: int, name: str) -> bool:
 def saved_for_backward(out: LIFOutput, neuron: Neuron, needs: int) -> tuple[Tensor | None, ...]:
     """The tensors of `SAVED`, and no more than this backward reads."""
     reset, dense, recurrent = neuron.reset, neuron.dense, neuron.recurrent
-    jumps = reset == VALUE or (reset == SUBTRACT and needs_name(needs, "threshold"))
-    attached = not neuron.detached and reset != NONE
+    jumps = reset in (VALUE, ZERO) or (reset == SUBTRACT and needs_name(needs, "threshold"))
+    attached = not (neuron.detached or neuron.discrete or reset == NONE)
     need_x = jumps or neuron.b_th != math.inf if dense else attached and reset == VALUE
     lists = needs_name(needs, "recurrent") or (jumps and not dense)
     return (
@@ -164,6 +168,7 @@ def saved_for_backward(out: LIFOutput, neuron: Neuron, needs: int) -> tuple[Tens
         None if dense else out.active_indices,
         out.drive if needs_name(needs, "mem_gain") else None,
         out.inflow if needs_name(needs, "syn_decay") else None,
+        first_reset(neuron) if jumps and neuron.discrete else None,
         neuron.mem_gain,
         neuron.syn_decay,
         neuron.threshold,
@@ -172,9 +177,15 @@ def saved_for_backward(out: LIFOutput, neuron: Neuron, needs: int) -> tuple[Tens
     )
 
 
+def first_reset(neuron: Neuron) -> Tensor | None:
+    """[B, N] uint8: which neurons the first step resets, because of the membrane they begin with; None where that is
+    zero everywhere."""
+    return None if neuron.v is None else (neuron.v - neuron.threshold > 0).view(torch.uint8)
+
+
 def sizes_of(shape: Any, neuron: Neuron, needs: int) -> tuple[Any, ...]:
     """The arguments of a backward from `steps` on. shape: (T, B, N)."""
-    return *shape, neuron.leak is not None, neuron.reset, neuron.detached, neuron.b_th, neuron.dense, needs
+    return *shape, neuron.leak is not None, *neuron[9:], needs
 
 
 def shapes_of(neuron: Neuron) -> tuple[torch.Size | None, ...]:
@@ -197,7 +208,7 @@ def mark_non_differentiable(ctx: Any, out: LIFOutput) -> None:
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    current, neuron = inputs[0], Neuron(*inputs[1:14])
+    current, neuron = inputs[0], Neuron(*inputs[1:15])
     out = LIFOutput(*output)
     mark_non_differentiable(ctx, out)
     ctx.needs_of_neuron = needs_of(neuron, ctx.needs_input_grad[1:])

@@ -48,7 +48,7 @@ def _fake(*args: Any) -> LIFOutput:
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     in_active_indices, weight, need_input, need_weight, need_bias = args[4:9]
-    mem_gain, (steps, batch, _), needs = args[22], args[27:30], args[-1]
+    mem_gain, (steps, batch, _), needs = args[23], args[28:31], args[-1]
     neurons = weight.shape[0]
     return (
         fake_input_grad(weight, steps * batch, in_active_indices, need_input),
@@ -76,7 +76,7 @@ linear_lif_backward = define(
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    linear, neuron = inputs[:12], Neuron(*inputs[12:25])
+    linear, neuron = inputs[:12], Neuron(*inputs[12:26])
     row_ptr, indices, values, handle, in_active_ptr, in_active_indices, weight, bias, token, hub, steps, batch = linear
     out = LIFOutput(*output)
     mark_non_differentiable(ctx, out)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_backend.reference.events import compress, gather, scatter
-from sparse_backend.reference.leaky import NONE, SUBTRACT
+from sparse_backend.reference.leaky import NONE, SUBTRACT, ZERO
 
 VALUE = 3  #: v = reset_to after a spike
 
@@ -33,6 +33,7 @@ def lif(
     recurrent: Tensor | None,  # [N, N], from the spikes of the step before
     g: Tensor | None,  # surrogate derivative where x is; only its backward needs it
     reset: int,
+    discrete: bool,
     detached: bool,
     b_th: float,
     dense: bool,
@@ -47,20 +48,29 @@ def lif(
     if v is None:
         v = current.new_zeros(batch, neurons) if leak is None else leak.expand(batch, neurons)
     i = current.new_zeros(batch, neurons) if i is None else i
-    spikes = current.new_zeros(batch, neurons)
+    last_i, spikes = i, current.new_zeros(batch, neurons)
     sequences: tuple[list[Tensor], ...] = ([], [], [], [], [])
     for t in range(steps):
         inflow = i + current[t]
         if recurrent is not None:
             inflow = inflow + spikes @ recurrent.t()
-        drive = inflow if leak is None else (leak - v) + inflow
-        v = v + mem_gain * drive
+        i = torch.zeros_like(inflow) if syn_decay is None else syn_decay * inflow
+        if discrete:
+            drive, resets = v, v - threshold > 0
+            v = mem_gain * v + inflow
+            if reset == SUBTRACT:
+                v = v - resets * threshold
+            elif reset == ZERO:
+                v = v - torch.where(resets, v, 0)
+        else:
+            drive = inflow if leak is None else (leak - v) + inflow
+            v = v + mem_gain * drive
         x = v - threshold
         spikes = (x > 0).to(v.dtype)
-        if reset != NONE:
+        if not (discrete or reset == NONE):
             v = (1 - spikes) * v + spikes * (reset_to if reset == VALUE else x)
-        i = torch.zeros_like(inflow) if syn_decay is None else syn_decay * inflow
-        for sequence, part in zip(sequences, (x, v, i, drive, inflow), strict=True):
+        last_i = inflow if discrete else i
+        for sequence, part in zip(sequences, (x, v, last_i, drive, inflow), strict=True):
             sequence.append(part)
     xs, vs, currents, drives, inflows = sequences
 
@@ -86,7 +96,7 @@ def lif(
     return (
         x,
         v.clone(),
-        i.clone() if synaptic else empty(),
+        last_i.clone() if synaptic else empty(),
         kept(vs, keep_states),
         kept(currents, keep_states and synaptic),
         *lists,
@@ -109,6 +119,7 @@ def lif_backward(
     active_indices: Tensor | None,
     drive: Tensor | None,  # [T, B, N], where mem_gain learns
     inflow: Tensor | None,  # [T, B, N], where syn_decay learns
+    first_reset: Tensor | None,  # [B, N] uint8, `discrete`: r[0], None where v began with zeros
     mem_gain: Tensor,
     syn_decay: Tensor | None,
     threshold: Tensor,
@@ -119,6 +130,7 @@ def lif_backward(
     neurons: int,
     leaks: bool,
     reset: int,
+    discrete: bool,
     detached: bool,
     b_th: float,
     dense: bool,
@@ -146,33 +158,50 @@ def lif_backward(
     if reset == VALUE:
         at = spread(x)
         jump = reset_to - (threshold if at is None else at + threshold)
-    attached = not detached and reset != NONE
+    attached = not (detached or discrete or reset == NONE)
+    resets = spikes
+    if discrete:  # r: the spikes of the step before
+        first = (-threshold > 0).to(mem_gain.dtype) if first_reset is None else first_reset.to(mem_gain.dtype)
+        resets = torch.cat((first.expand(1, batch, neurons), spikes[:-1])) if steps else spikes
     delta = mem_gain.new_zeros(shape)
     grads = {name: mem_gain.new_zeros(neurons) for name in NEEDS}
     of_v = mem_gain.new_zeros(batch, neurons) if grad_v_last is None else grad_v_last
-    of_i = mem_gain.new_zeros(batch, neurons) if grad_i_last is None else grad_i_last
+    of_i = mem_gain.new_zeros(batch, neurons)
     for t in reversed(range(steps)):
         lv = of_v if grad_v_seq is None else of_v + grad_v_seq[t]
-        li = of_i if grad_i_seq is None else of_i + grad_i_seq[t]
+        handed_out = torch.zeros_like(of_i) if grad_i_seq is None else grad_i_seq[t]
+        if t == steps - 1 and grad_i_last is not None:
+            handed_out = handed_out + grad_i_last
+        li = of_i if discrete else of_i + handed_out
         through = torch.zeros_like(lv) if eps_g is None else eps_g[t]
         if recurrent is not None and g is not None and t + 1 < steps:
             through = through + delta[t + 1] @ recurrent * g[t]
         if attached and g is not None:
             through = through + lv * (jump[t] if jump.dim() == 3 else jump) * g[t]
-        of_u = through + (lv * (1 - spikes[t]) if reset == VALUE else lv)
+        of_u = through + lv
+        jumped = (of_u if discrete else lv) * resets[t]
         grads["threshold"] -= through.sum(0)
         if reset == SUBTRACT:
-            grads["threshold"] -= (lv * spikes[t]).sum(0)
+            grads["threshold"] -= jumped.sum(0)
+        else:
+            of_u = of_u if reset == NONE else of_u - jumped
         if reset == VALUE:
-            grads["reset_to"] += (lv * spikes[t]).sum(0)
+            grads["reset_to"] += jumped.sum(0)
         if drive is not None:
             grads["mem_gain"] += (of_u * drive[t]).sum(0)
         if inflow is not None:
             grads["syn_decay"] += (li * inflow[t]).sum(0)
-        through_u = mem_gain * of_u
+        through_u = of_u if discrete else mem_gain * of_u
         grads["leak"] += through_u.sum(0)
         delta[t] = through_u if syn_decay is None else through_u + syn_decay * li
-        of_v, of_i = (1 - mem_gain) * of_u if leaks else of_u, delta[t]
+        if discrete:
+            delta[t] += handed_out
+            of_v = mem_gain * of_u
+        else:
+            of_v = (1 - mem_gain) * of_u if leaks else of_u
+        of_i = delta[t]
+    if not steps and grad_i_last is not None:
+        of_i = grad_i_last
     grads["v"], grads["i"] = of_v.clone(), of_i.clone()
     grads["recurrent"] = mem_gain.new_zeros(neurons, neurons)
     if steps > 1:

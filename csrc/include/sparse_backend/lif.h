@@ -69,7 +69,8 @@ void lif_forward_block(const LifForward<T>& a, const Block& block, int32_t* n_sp
         for (int64_t s = 0; s < samples; ++s) std::memcpy(v_scratch.get() + s * width, leaks, row_bytes);
     if (a.i != nullptr) load_block(a.i, a.neurons, block, i_scratch.get(), width);
     const V b_th = V::all(a.b_th), zero = V::all(T(0)), one = V::all(T(1));
-    const bool keep_drive = a.drive != nullptr, keep_inflow = a.inflow != nullptr;
+    const bool discrete = a.discrete;
+    const bool keep_drive = a.drive != nullptr, keep_inflow = a.inflow != nullptr || (SYNAPTIC && discrete);
     const bool look = !a.dense || a.is_recurrent;  // for spikes; dense entries are all active
     const int32_t first = static_cast<int32_t>(block.first_column);
     for (int64_t t = 0; t < a.steps; ++t) {
@@ -99,14 +100,24 @@ void lif_forward_block(const LifForward<T>& a, const Block& block, int32_t* n_sp
                         inflow = V::load(i_row + j) + inflow;
                         (V::load(decays + j) * inflow).store(i_row + j);
                     }
-                    V v = V::load(v_row + j);
-                    const V drive = a.leaks ? (V::load(leaks + j) - v) + inflow : inflow;
-                    v = v + V::load(gains + j) * drive;
-                    const V x = v - V::load(thresholds + j);
+                    V v = V::load(v_row + j), drive = v;
+                    const V threshold = V::load(thresholds + j);
+                    if (discrete) {
+                        const typename V::Mask r = v - threshold > zero;
+                        v = V::load(gains + j) * v + inflow;
+                        if constexpr (RESET == kSubtract) v = v - V::where(r, threshold);
+                        if constexpr (RESET == kZero) v = v - V::where(r, v);
+                    } else {
+                        drive = a.leaks ? (V::load(leaks + j) - v) + inflow : inflow;
+                        v = v + V::load(gains + j) * drive;
+                    }
+                    const V x = v - threshold;
                     const typename V::Mask fires = x > zero;
-                    if constexpr (RESET != kNone) {
-                        const V z = V::where(fires, one);
-                        v = (one - z) * v + z * (RESET == kValue ? V::load(resets + j) : x);
+                    if constexpr (RESET == kSubtract || RESET == kValue) {
+                        if (!discrete) {
+                            const V z = V::where(fires, one);
+                            v = (one - z) * v + z * (RESET == kValue ? V::load(resets + j) : x);
+                        }
                     }
                     v.store(v_row + j);
                     x.store(current + j);
@@ -141,9 +152,10 @@ void lif_forward_block(const LifForward<T>& a, const Block& block, int32_t* n_sp
             else
                 n_active[row] = static_cast<int32_t>(active - active_before);
             if (a.v_seq != nullptr) std::memcpy(a.v_seq + at, v_row, row_bytes);
-            if (a.i_seq != nullptr) std::memcpy(a.i_seq + at, i_row, row_bytes);
+            if (a.i_seq != nullptr) std::memcpy(a.i_seq + at, SYNAPTIC && discrete ? inflows : i_row, row_bytes);
             if (keep_drive) std::memcpy(a.drive + at, drives, row_bytes);
-            if (keep_inflow) std::memcpy(a.inflow + at, inflows, row_bytes);
+            if (a.inflow != nullptr) std::memcpy(a.inflow + at, inflows, row_bytes);
+            if (SYNAPTIC && discrete && t + 1 == a.steps) std::memcpy(i_row, inflows, row_bytes);
         }
         found.spikes.advance(spikes);
         found.active.advance(active);
@@ -161,6 +173,8 @@ void lif_forward(const LifForward<T>& a, const Block& block, int32_t* n_spikes, 
             lif_forward_block<T, SYNAPTIC, kValue>(a, block, n_spikes, n_active, found);
         else if (a.reset == kSubtract)
             lif_forward_block<T, SYNAPTIC, kSubtract>(a, block, n_spikes, n_active, found);
+        else if (a.reset == kZero)
+            lif_forward_block<T, SYNAPTIC, kZero>(a, block, n_spikes, n_active, found);
         else
             lif_forward_block<T, SYNAPTIC, kNone>(a, block, n_spikes, n_active, found);
     };
@@ -198,7 +212,7 @@ inline bool lif_jumps(const LifBackward<T>& a, const Block& block, int64_t t, in
     } else if (a.through != nullptr) {
         for (int64_t e = active.begin; e < active.end; ++e) a.through[e - a.active.row_ptr[0]] = T(0);
     }
-    if (nonzero && spike.begin < spike.end) {
+    if (nonzero && !a.discrete && spike.begin < spike.end) {
         clip(a.spikes.indices, spike.begin, spike.end, first, last);
         for (int64_t e = spike.begin; e < spike.end; ++e) {
             const int64_t column = a.spikes.indices[e];
@@ -214,12 +228,49 @@ inline bool lif_jumps(const LifBackward<T>& a, const Block& block, int64_t t, in
     return comes;
 }
 
-// The same of a dense row.
+// The resets of one row where they are discrete, of what spiked in the step before: from dL/du to dL/d(u before its
+// reset). Detached, so nothing runs through the spikes.
 template <typename T>
-inline void lif_dense_jumps(const LifBackward<T>& a, const Block& block, int64_t row, const LifSums<T>& sums,
+inline void lif_discrete_resets(const LifBackward<T>& a, const Block& block, int64_t t, int64_t b,
+                                const LifSums<T>& sums, T* lambda) {
+    const int64_t first = block.first_column, last = block.last_column;
+    if (a.reset == kNone || (a.reset == kSubtract && sums.threshold == nullptr)) return;
+    const auto reset = [&](int64_t column) {
+        if (a.reset == kSubtract)
+            sums.threshold[column] -= lambda[column - first];
+        else
+            lambda[column - first] = T(0);
+    };
+    if (t > 0) {
+        Span spike = row_of(a.spikes, (t - 1) * a.batch + b);
+        clip(a.spikes.indices, spike.begin, spike.end, first, last);
+        for (int64_t e = spike.begin; e < spike.end; ++e) reset(a.spikes.indices[e]);
+    } else {
+        for (int64_t j = first; j < last; ++j)
+            if (a.first_reset != nullptr ? a.first_reset[b * a.neurons + j] != 0 : T(0) - a.threshold[j] > T(0))
+                reset(j);
+    }
+}
+
+// n flags as ones and zeros.
+template <typename T>
+inline Vec<T> load_flags(const uint8_t* flags, int n) {
+    T ones[Vec<T>::width] = {};
+    for (int k = 0; k < n; ++k) ones[k] = flags[k] != 0 ? T(1) : T(0);
+    return Vec<T>::load(ones);
+}
+
+// The jumps of a dense row.
+template <typename T>
+inline void lif_dense_jumps(const LifBackward<T>& a, const Block& block, int64_t t, int64_t b, const LifSums<T>& sums,
                             T* lambda) {
     using V = Vec<T>;
-    const int64_t columns = block.last_column - block.first_column, at = row * a.neurons + block.first_column;
+    const int64_t columns = block.last_column - block.first_column;
+    const int64_t at = (t * a.batch + b) * a.neurons + block.first_column,
+                  of_sample = b * a.neurons + block.first_column;
+    const T* const before = t > 0 && a.x != nullptr ? a.x + (at - a.batch * a.neurons)
+                            : a.x_before != nullptr ? a.x_before + of_sample
+                                                    : nullptr;
     const bool masked = a.b_th < std::numeric_limits<T>::infinity();
     const V b_th = V::all(a.b_th), zero = V::all(T(0)), one = V::all(T(1));
     for (int64_t j = 0; j < columns; j += V::width) {
@@ -239,7 +290,16 @@ inline void lif_dense_jumps(const LifBackward<T>& a, const Block& block, int64_t
             if (a.attached) through = through + l * jump * g;
         }
         V of_threshold = zero - through;
-        if (a.reset != kNone && a.x != nullptr) {
+        if (a.discrete && a.reset != kNone && a.x != nullptr) {
+            V r = V::where(zero - V::load(a.threshold + column) > zero, one);
+            if (before != nullptr)
+                r = V::where(load(before + j) > zero, one);
+            else if (a.first_reset != nullptr)
+                r = load_flags<T>(a.first_reset + of_sample + j, n);
+            const V jumped = (through + l) * r;
+            if (a.reset == kSubtract) of_threshold = of_threshold - jumped;
+            if (a.reset == kZero) l = l - jumped;
+        } else if (a.reset != kNone && a.x != nullptr) {
             const V z = V::where(x > zero, one), jumped = l * z;
             if (a.reset == kSubtract) of_threshold = of_threshold - jumped;
             if (a.reset == kValue && sums.reset_to != nullptr)
@@ -263,8 +323,9 @@ void lif_adjoint_block(const LifBackward<T>& a, const Block& block, const LifSum
     Scratch<T> lambda_scratch(samples * width), delta_scratch(samples * width), through_scratch(DENSE ? 0 : width);
     Scratch<int32_t> nonzero(samples);
     if (a.grad_v_last != nullptr) load_block(a.grad_v_last, a.neurons, block, lambda_scratch.get(), width);
-    if (SYNAPTIC && a.grad_i_last != nullptr) load_block(a.grad_i_last, a.neurons, block, delta_scratch.get(), width);
-    if (a.grad_v_last != nullptr || (SYNAPTIC && a.grad_i_last != nullptr))
+    const T* const delta_after = SYNAPTIC && !a.discrete && a.grad_i_last != nullptr ? a.grad_i_last : a.delta_after;
+    if (SYNAPTIC && delta_after != nullptr) load_block(delta_after, a.neurons, block, delta_scratch.get(), width);
+    if (a.grad_v_last != nullptr || (SYNAPTIC && (delta_after != nullptr || a.grad_i_last != nullptr)))
         for (int64_t s = 0; s < samples; ++s) nonzero.get()[s] = 1;
     const bool adds_up = sums.leak != nullptr || sums.mem_gain != nullptr || sums.syn_decay != nullptr;
     for (int64_t t = a.steps - 1; t >= 0; --t) {
@@ -278,13 +339,15 @@ void lif_adjoint_block(const LifBackward<T>& a, const Block& block, const LifSum
                 some = 1;
             }
             if constexpr (DENSE) {
-                lif_dense_jumps(a, block, row, sums, lambda);
+                lif_dense_jumps(a, block, t, row - t * a.batch, sums, lambda);
                 some = 1;
-            } else if (lif_jumps(a, block, t, row, sums, some != 0, lambda, delta, through_scratch.get())) {
-                some = 1;
+            } else {
+                if (lif_jumps(a, block, t, row, sums, some != 0, lambda, delta, through_scratch.get())) some = 1;
+                if (a.discrete && some) lif_discrete_resets(a, block, t, row - t * a.batch, sums, lambda);
             }
             if (SYNAPTIC && a.grad_i_seq != nullptr) {
-                for (int64_t j = 0; j < columns; ++j) delta[j] += a.grad_i_seq[at + j];
+                if (!a.discrete)
+                    for (int64_t j = 0; j < columns; ++j) delta[j] += a.grad_i_seq[at + j];
                 some = 1;
             }
         }
@@ -292,10 +355,20 @@ void lif_adjoint_block(const LifBackward<T>& a, const Block& block, const LifSum
             const int64_t b = block.first_sample + s, at = (t * a.batch + b) * a.neurons + first;
             T *const lambda = lambda_scratch.get() + s * width, *const delta = delta_scratch.get() + s * width;
             const bool some = nonzero.get()[s] != 0;
+            const bool handed_out = SYNAPTIC && a.discrete;  // the inflow itself
+            const T* const grad_seq = handed_out && a.grad_i_seq != nullptr ? a.grad_i_seq + at : nullptr;
+            const T* const grad_last = handed_out && a.grad_i_last != nullptr && t + 1 == a.steps
+                                           ? a.grad_i_last + (b * a.neurons + first)
+                                           : nullptr;
             for (int64_t j = 0; some && j < width; j += V::width) {
                 const V of_u = V::load(lambda + j), through_u = V::load(a.mem_gain + first + j) * of_u;
                 V of_current = through_u;
-                if constexpr (SYNAPTIC) of_current = through_u + V::load(a.syn_decay + first + j) * V::load(delta + j);
+                if constexpr (SYNAPTIC) {
+                    of_current = through_u + V::load(a.syn_decay + first + j) * V::load(delta + j);
+                    const int n = static_cast<int>(columns - j < V::width ? columns - j : V::width);
+                    if (grad_seq != nullptr) of_current = of_current + V::load(grad_seq + j, n);
+                    if (grad_last != nullptr) of_current = of_current + V::load(grad_last + j, n);
+                }
                 if (adds_up) {
                     const int n = static_cast<int>(columns - j < V::width ? columns - j : V::width);
                     const auto add = [n](T* sum, V factor, const T* from) {

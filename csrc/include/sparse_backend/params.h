@@ -131,7 +131,8 @@ struct DenseBackward {
     bool double_reset() const { return !reset_delay && reset != kNone; }
 };
 
-// The two-state neuron. Coefficients are [padded(N)], their padding 0.
+// The two-state neuron. Coefficients are [padded(N)], their padding 0. `discrete`: snnTorch's equations, with mem_gain
+// the decay of v and i as handed out the inflow.
 template <typename T>
 struct LifForward {
     int64_t steps, batch, neurons;
@@ -151,6 +152,7 @@ struct LifForward {
     const T* v = nullptr;  // [B, N], leak if null
     const T* i = nullptr;  // [B, N], zeros if null
     int reset;
+    bool discrete;
     T b_th;
     bool dense;           // x of every entry, and no lists
     T* x = nullptr;       // [T, B, N] where dense
@@ -173,17 +175,21 @@ struct LifBackward {
     const T* x = nullptr;  // where grad_x is: a reset to a value that is not detached; where dense every reset and b_th
     const T* g = nullptr;  // where grad_x is: a reset that is not detached, recurrence
     Rows active, spikes;   // where not dense; spikes where resets are needed
-    const T* drive = nullptr;   // [T, B, N]
-    const T* inflow = nullptr;  // [T, B, N]
-    const T* mem_gain;
-    const T* keep;                 // 1 - mem_gain, or 1 where nothing leaks
-    const T* syn_decay = nullptr;  // null: no synaptic current
+    const T* drive = nullptr;              // [T, B, N]
+    const T* inflow = nullptr;             // [T, B, N]
+    const uint8_t* first_reset = nullptr;  // [B, N], discrete: what the first step resets; null: where threshold < 0
+    const T* delta_after = nullptr;        // [B, N] where dense, in a walk over one step: delta of the step after
+    const T* x_before = nullptr;           // [B, N], discrete and dense: x of the step before the first
+    const T* mem_gain;                     // du / dinflow
+    const T* keep;                         // how much of v is left after a step
+    const T* syn_decay = nullptr;          // null: no synaptic current
     const T* threshold;
     const T* reset_to;
     bool is_recurrent;  // not where dense
     Weight<T> recurrent;
     const T* back = nullptr;  // [B, N] where dense, in a walk over one step: its delta times the recurrent weights
     int reset;
+    bool discrete;
     bool attached;  // gradients run through the spike in the reset
     T b_th;
     bool dense;

@@ -1,0 +1,328 @@
+"""What follows from a snnTorch neuron's attributes: its dynamics, surrogate and band, or why it stays snnTorch's."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from snntorch import RLeaky, RSynaptic, SpikingNeuron, Synaptic
+from snntorch._neurons.rleaky import RecurrentOneToOne
+from torch import Tensor
+
+from sparse_backend import dynamics, policy, surrogate
+from sparse_backend.enabling import LayerState
+
+FLOATS = (torch.float32, torch.float64)
+RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}  # a neuron's state functions
+METHODS = ("fire", "mem_reset", "_base_state_function", "_base_state_reset_zero", *RESETS)
+
+
+class Parts(NamedTuple):
+    """Everything a user may change between calls that a plan depends on."""
+
+    beta: Tensor
+    threshold: Tensor
+    graded: Tensor
+    spike_grad: surrogate.SpikeGrad
+    reset_number: Any
+    state_function: Any  # the plain function, and whether it is bound to the module: a plan must not keep its module
+    is_bound: bool
+    reset_delay: bool
+    state_quant: Any
+    inhibition: bool
+
+
+class Plan(NamedTuple):
+    """What follows from a module's parts, as long as they are the same objects at the same versions."""
+
+    parts: Parts
+    versions: tuple[Any, ...]
+    shape: torch.Size  # of the current
+    dtype: torch.dtype
+    why_framework: str | None
+    flat: tuple[int, int]  # (B, N)
+    neuron: dynamics.Leaky | None  # None where beta or threshold must be prepared at each call, to learn
+    template: dynamics.Leaky | None
+    b_th: float
+    why_dense: str | None
+
+
+def part_of(module: Any, name: str) -> Any:
+    part = module._buffers.get(name)
+    if part is None:
+        part = module._parameters.get(name)
+    return getattr(module, name) if part is None else part  # a replica's or a parametrized one
+
+
+def parts_of(module: Any) -> Parts:
+    own = module.__dict__
+    grad = own.get("spike_grad")
+    function = own["state_function"]
+    return Parts(
+        part_of(module, "beta"),
+        part_of(module, "threshold"),
+        part_of(module, "graded_spikes_factor"),
+        module.spike_grad if grad is None else grad,
+        module._buffers.get("reset_mechanism_val"),
+        getattr(function, "__func__", function),
+        getattr(function, "__self__", None) is module or "_is_replica" in own,  # a replica's is bound to the original
+        own["reset_delay"],
+        own["state_quant"],
+        own["inhibition"],
+    )
+
+
+def versions_of(parts: Parts) -> tuple[Any, ...]:
+    beta, threshold, graded, _, reset, *_ = parts
+    return (
+        beta._version, threshold._version, graded._version, reset._version,
+        beta.requires_grad, threshold.requires_grad, graded.requires_grad,
+    )  # fmt: skip
+
+
+def make_plan(module: Any, state: LayerState, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Plan:
+    """The plan of a `Leaky`."""
+    prepare_to_trace(module, state)
+    reset = getattr(parts.state_function, "__name__", "")
+    reason = why_framework(module, parts, shape, dtype, reset)
+    neuron = template = why_dense = None
+    b_th = math.inf
+    if reason is None:
+        beta, threshold = (per_neuron(part, shape, dtype) for part in (parts.beta, parts.threshold))
+        if beta is None or threshold is None:
+            reason = _why_not_per_neuron(shape, beta=(parts.beta, beta), threshold=(parts.threshold, threshold))
+        else:
+            graded = parts.graded
+            learns = graded.requires_grad or float(graded) != 1
+            template = dynamics.Leaky(
+                beta, threshold, dynamics.RESETS[RESETS[reset]], parts.reset_delay, graded if learns else None
+            )
+            as_it_is = beta is parts.beta and threshold is parts.threshold
+            if bool(((beta >= 0) & (beta <= 1)).all()):
+                neuron = template if as_it_is else None
+            if neuron is None and not (beta.requires_grad or threshold.requires_grad):
+                neuron = template._replace(beta=beta.clamp(0, 1))
+            b_th, why_dense = _band(state, parts, threshold)
+    return Plan(parts, versions_of(parts), shape, dtype, reason, _flat(shape), neuron, template, b_th, why_dense)
+
+
+def _flat(shape: torch.Size) -> tuple[int, int]:
+    """(B, N)"""
+    return (shape[0] if len(shape) > 1 else 1, tail_of(shape).numel())
+
+
+def _band(state: LayerState, parts: Parts, threshold: Tensor) -> tuple[float, str | None]:
+    """b_th, and why it means that nothing is sparse, if so."""
+    b_th = policy.resolve_b_th(state.b_th, parts.spike_grad)
+    broad = state.b_th == "auto" and policy.is_broad(b_th, float(threshold.detach().min()))
+    return b_th, policy.why_broad(b_th) if broad else None
+
+
+def _why_not_per_neuron(shape: torch.Size, **parts: tuple[Tensor, Tensor | None]) -> str:
+    name = next(name for name, (_, fitting) in parts.items() if fitting is None)
+    return f"its {name} {list(parts[name][0].shape)} is not one number, or one per neuron of {list(tail_of(shape))}"
+
+
+def why_framework(module: Any, parts: Parts, shape: torch.Size, dtype: torch.dtype, reset: str) -> str | None:
+    """Why calls with these parts run snnTorch's own code; None where they need not."""
+    own = module.__dict__
+    if parts.state_quant:
+        return "state_quant is not accelerated"
+    if parts.inhibition:
+        return "inhibition is not accelerated"
+    if own.get("surrogate_disable"):
+        return "surrogate_disable leaves no derivative to be sparse"
+    if not parts.is_bound or reset not in RESETS or parts.state_function is not getattr(type(module), reset):
+        return "its state_function is not its own"
+    if SpikingNeuron.reset_dict[RESETS[reset]] != int(parts.reset_number):
+        return "reset_mechanism was changed after it was made, which snnTorch heeds in part"
+    replaced = [name for name in METHODS if name in own]
+    if replaced:
+        return f"its {replaced[0]} was replaced"
+    if dtype not in FLOATS:
+        return f"its current is {dtype}, not float32 or float64"
+    if not shape or not shape.numel():
+        return f"its current has shape {list(shape)}"
+    if parts.graded.numel() != 1 or parts.graded.dim() > 1 or (parts.graded.dim() and parts.graded.dtype != dtype):
+        return f"graded_spikes_factor {list(parts.graded.shape)} of {parts.graded.dtype} is not one number"
+    graded = float(parts.graded.detach())
+    if not math.isfinite(graded) or graded == 0:
+        return f"graded_spikes_factor is {graded}"
+    if isinstance(parts.spike_grad, torch.nn.Module) and any(p.requires_grad for p in parts.spike_grad.parameters()):
+        return "its surrogate has parameters that learn"
+    return surrogate.inspect(parts.spike_grad).problem
+
+
+def tail_of(shape: torch.Size) -> torch.Size:
+    """The neurons of a current [B, ...], or of one without a batch."""
+    return shape[1:] if len(shape) > 1 else shape
+
+
+def per_neuron(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """beta or threshold as [] or [N], differentiably; None where it is neither one number nor one per neuron of a
+    current of this shape, or has more dimensions than that, which the spikes would then have too."""
+    tail = tail_of(shape)
+    if part.dim() > len(shape):
+        return None
+    if part.dim() and part.is_floating_point() and part.dtype != dtype:
+        return None  # it would promote
+    if part.dim() > len(tail) and part.shape[0] != 1:
+        return None
+    part = part if part.dtype == dtype else part.to(dtype)
+    if part.numel() == 1 or (part.dim() == 1 and len(tail) == 1 and part.shape == tail):
+        return part if part.dim() <= 1 else part.reshape(())
+    try:
+        return part.expand(1, *tail).reshape(-1)
+    except RuntimeError:
+        return None
+
+
+def neuron_of(plan: Plan) -> dynamics.Leaky:
+    """The neuron of a plan, its learnable parts made from the parameters anew."""
+    if plan.neuron is not None:
+        return plan.neuron
+    assert plan.template is not None
+    beta, threshold = (per_neuron(part, plan.shape, plan.dtype) for part in (plan.parts.beta, plan.parts.threshold))
+    assert beta is not None and threshold is not None
+    return plan.template._replace(beta=beta.clamp(0, 1), threshold=threshold)
+
+
+def prepare_to_trace(module: Any, state: LayerState) -> None:
+    """What `_compiled_forward` may not find out while it is traced."""
+    known = surrogate.inspect(module.spike_grad)
+    state.traced_for = module.spike_grad if known.problem is None else None
+    state.traced_b_th = policy.resolve_b_th(state.b_th, module.spike_grad)
+    state.traced_reset = RESETS.get(getattr(module.state_function, "__name__", ""), "")
+    graded = module.graded_spikes_factor
+    state.traced_graded = graded.requires_grad or graded.numel() != 1 or float(graded.detach()) != 1
+
+
+# Neurons with more state than a membrane.
+
+
+class Kind(NamedTuple):
+    """What tells one such class from the others."""
+
+    states: tuple[str, ...]  #: names of its states in the order it takes and returns them
+    synaptic: bool = False
+    recurrent: bool = False
+
+
+KINDS = {
+    Synaptic: Kind(("syn", "mem"), synaptic=True),
+    RLeaky: Kind(("spk", "mem"), recurrent=True),
+    RSynaptic: Kind(("spk", "syn", "mem"), synaptic=True, recurrent=True),
+}
+
+
+class SynapticParts(NamedTuple):
+    """Everything a user may change between calls that a plan depends on."""
+
+    common: Parts
+    alpha: Tensor | None
+    recurrent: Any  # the module between a step's spikes and the next step's current
+    weight: Tensor | None  # its parameters
+    bias: Tensor | None
+
+    def differ(self, other: SynapticParts) -> bool:
+        return any(map(operator.is_not, self[1:], other[1:])) or any(map(operator.is_not, self.common, other.common))
+
+
+class SynapticPlan(NamedTuple):
+    """What follows from a module's parts, as long as they are the same objects at the same versions."""
+
+    parts: SynapticParts
+    versions: tuple[Any, ...]
+    shape: torch.Size  # of the current
+    dtype: torch.dtype
+    why_framework: str | None
+    why_in_steps: str | None  # why its calls cannot run as one sequence
+    flat: tuple[int, int]  # (B, N)
+    reset: int
+    b_th: float
+    why_dense: str | None
+
+    def neuron(self) -> dynamics.LIF:
+        """Made from the parameters anew, so that they learn."""
+        common, alpha = self.parts.common, self.parts.alpha
+        beta, threshold = self._fitting(common.beta), self._fitting(common.threshold)
+        alpha = None if alpha is None else self._fitting(alpha).clamp(0, 1)
+        return dynamics.discrete(beta.clamp(0, 1), alpha, threshold, self.reset)
+
+    def _fitting(self, part: Tensor) -> Tensor:
+        fitting = per_neuron(part, self.shape, self.dtype)
+        assert fitting is not None
+        return fitting
+
+    def recurrent(self) -> tuple[Tensor | None, Tensor | None]:
+        """The recurrent weights [N, N] and bias [N] of a plan whose calls may run as one sequence."""
+        weight, bias = self.parts.weight, self.parts.bias
+        if weight is not None and type(self.parts.recurrent) is RecurrentOneToOne:
+            weight = torch.diag(weight.reshape(-1).expand(self.flat[1]))
+        return weight, bias
+
+
+def synaptic_parts_of(module: Any, kind: Kind) -> SynapticParts:
+    recurrent = module._modules.get("recurrent") if kind.recurrent else None
+    weight = bias = None
+    if type(recurrent) is torch.nn.Linear:
+        weight, bias = recurrent._parameters.get("weight"), recurrent._parameters.get("bias")
+    elif type(recurrent) is RecurrentOneToOne:
+        weight = recurrent.V
+    alpha = part_of(module, "alpha") if kind.synaptic else None
+    return SynapticParts(parts_of(module), alpha, recurrent, weight, bias)
+
+
+def synaptic_versions_of(parts: SynapticParts) -> tuple[Any, ...]:
+    learns = (None if part is None else part.requires_grad for part in (parts.weight, parts.bias))
+    if parts.alpha is None:
+        return *versions_of(parts.common), *learns
+    return *versions_of(parts.common), *learns, parts.alpha._version, parts.alpha.requires_grad
+
+
+def make_synaptic_plan(
+    module: Any, kind: Kind, state: LayerState, parts: SynapticParts, shape: torch.Size, dtype: torch.dtype
+) -> SynapticPlan:
+    common, alpha = parts.common, parts.alpha
+    reset = getattr(common.state_function, "__name__", "")
+    reason = why_framework(module, common, shape, dtype, reset) or _why_not_as_discrete(module, common, reset)
+    b_th, why_dense, code = math.inf, None, dynamics.RESETS["none"]
+    if reason is None:
+        given = {"beta": common.beta, "threshold": common.threshold}
+        if alpha is not None:
+            given["alpha"] = alpha
+        fitting = {name: (part, per_neuron(part, shape, dtype)) for name, part in given.items()}
+        if any(part is None for _, part in fitting.values()):
+            reason = _why_not_per_neuron(shape, **fitting)
+        else:
+            code = dynamics.RESETS[RESETS[reset]]
+            b_th, why_dense = _band(state, common, common.threshold)
+    in_steps = _why_in_steps(parts, shape, dtype) if kind.recurrent else None
+    return SynapticPlan(
+        parts, synaptic_versions_of(parts), shape, dtype, reason, in_steps, _flat(shape), code, b_th, why_dense
+    )
+
+
+def _why_not_as_discrete(module: Any, parts: Parts, reset: str) -> str | None:
+    name = type(module).__name__
+    if not parts.reset_delay and (reset != "_base_int" or name == "RSynaptic"):
+        return f"reset_delay=False is not accelerated for {name}"
+    if parts.graded.requires_grad or float(parts.graded) != 1:
+        return f"graded_spikes_factor is not accelerated for {name}"
+    return None
+
+
+def _why_in_steps(parts: SynapticParts, shape: torch.Size, dtype: torch.dtype) -> str | None:
+    recurrent, weight = parts.recurrent, parts.weight
+    if weight is None:
+        return f"its recurrent connection is a {type(recurrent).__name__}"
+    hooks = recurrent._forward_hooks or recurrent._forward_pre_hooks or recurrent._backward_hooks
+    if hooks or recurrent._backward_pre_hooks:
+        return "its recurrent connection has hooks"
+    if len(shape) != 2 or (weight.numel() != 1 and weight.shape[-1] != shape[-1]) or weight.dtype is not dtype:
+        return f"its recurrent weights are {list(weight.shape)} of {weight.dtype}, its current {list(shape)} of {dtype}"
+    if weight.dim() > 1 and type(recurrent) is RecurrentOneToOne:
+        return f"its V is {list(weight.shape)}"
+    return None

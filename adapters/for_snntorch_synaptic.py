@@ -1,0 +1,190 @@
+"""snnTorch's neurons with more state than a membrane: one call of a `Synaptic`, `RLeaky` or `RSynaptic` on the engine.
+
+What a call accepts and returns, and what the module holds afterwards, is snnTorch's to the letter.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from sparse_backend import autocasting, policy
+from sparse_backend.deferred import DeferredCurrent, WeightCache, WeightHub, unusual
+from sparse_backend.enabling import LayerState
+from sparse_backend.execute_lif import LIFResult, run_lif
+from sparse_backend.tensorlike import TensorLike, learns_of
+from sparse_backend.timefusion.sites import dense
+
+from .for_snntorch_plan import (
+    Kind,
+    SynapticPlan,
+    make_synaptic_plan,
+    synaptic_parts_of,
+    synaptic_versions_of,
+)
+from .shared import count, goes_dense, own_forward, under_saved_tensor_hooks
+
+
+def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tuple[Any, ...]) -> Any:
+    """One call, on the engine or as snnTorch has it. given: the states it was given, None where it was not."""
+    own, buffers = module.__dict__, module._buffers
+    deferred = type(input_) is DeferredCurrent and input_.is_deferred and len(input_.shape) == 2
+    if deferred:
+        if state.weights is None:
+            state.weights = WeightCache()
+        input_.adopt(state.weights)
+        deferred = input_.is_deferred
+    if not deferred:
+        if isinstance(input_, TensorLike):
+            input_ = input_.to_dense()
+        elif type(input_) is not Tensor and type(input_) is not Parameter:
+            return _framework(module, state, f"its current is a {type(input_).__name__}", input_, given)
+    before = {name: buffers.get(name) if part is None else part for name, part in zip(kind.states, given, strict=True)}
+    spk = before.pop("spk", None)  # its events are what recurrent weights are multiplied with
+    before = {name: dense(part) for name, part in before.items()}
+    reason = unusual()
+    for part in (*before.values(), dense(spk) if kind.recurrent else input_ if not deferred else before["mem"]):
+        if reason is None and type(part) is not Tensor and type(part) is not Parameter:
+            reason = f"its state is a {type(part).__name__}"
+    if reason is not None or (own["init_hidden"] and any(part is not None for part in given)):
+        return _framework(module, state, reason, input_, given)
+
+    shape, dtype = input_.shape, input_.dtype
+    begins = state.last_mem is None or state.last_mem() is not before["mem"]  # not what was handed out last
+    parts, plan = synaptic_parts_of(module, kind), state.plan
+    if (
+        plan is None
+        or begins
+        or plan.shape != shape
+        or plan.dtype is not dtype
+        or parts.differ(plan.parts)
+        or synaptic_versions_of(parts) != plan.versions
+    ):
+        plan = state.plan = make_synaptic_plan(module, kind, state, parts, shape, dtype)
+    reason = plan.why_framework
+    states: dict[str, Tensor | None] = {}
+    for name, part in before.items():
+        states[name] = part if part.shape == shape else None
+        if states[name] is None and under_saved_tensor_hooks():  # a checkpoint's second run must save as much
+            states[name] = torch.zeros(shape, dtype=dtype, device=input_.device)
+        elif states[name] is not None and part.dtype is not dtype and reason is None:
+            reason = f"its {name} is {part.dtype}, its current {dtype}"
+        if part.device != input_.device and reason is None:
+            reason = f"its {name} is on another device than its current"
+    if reason is None and parts.common.beta.device != input_.device:
+        reason = "its beta is on another device than its current"
+    if reason is not None:
+        return _framework(module, state, reason, input_, given)
+
+    inflow = None
+    if kind.recurrent:  # gathered over the steps, as the weights of a linear layer are
+        if spk.shape != shape:
+            spk = torch.zeros(shape, dtype=dtype, device=input_.device)
+        inflow = dense(module.recurrent(spk))
+    state.begins |= begins
+    result = run(state, kind, plan, input_, None, states["mem"], states.get("syn"), inflow=inflow)
+    after = {"spk": result.spikes, "mem": shaped(result.v_last, shape)}
+    if kind.synaptic:
+        after["syn"] = shaped(result.i_last, shape)
+        if not (kind.recurrent or current_learns(plan, input_, states["syn"])):
+            after["syn"] = after["syn"].detach()
+    state.last_mem = weakref.ref(after["mem"])
+    for name in kind.states:
+        if name in buffers:
+            buffers[name] = after[name]
+        else:
+            setattr(module, name, after[name])
+    return handed_out(module, kind, after)
+
+
+def handed_out(module: Any, kind: Kind, after: dict[str, Any]) -> Any:
+    """What a call returns."""
+    if module.__dict__["output"] or not module.__dict__["init_hidden"]:
+        return after["spk"], *(after[name] for name in kind.states if name != "spk")
+    return after["spk"]
+
+
+def run(
+    state: LayerState,
+    kind: Kind,
+    plan: SynapticPlan,
+    current: Any,
+    steps: int | None,  # None: one call alone
+    mem: Tensor | None,
+    syn: Tensor | None,
+    *,
+    inflow: Tensor | None = None,
+    spk: Any = None,
+    keep_states: bool = False,
+) -> LIFResult:
+    """One call, or all of a sequence."""
+    if type(current) is DeferredCurrent and steps is None:
+        if state.begins:
+            current.hub, state.begins = current.hub.verified(), False
+        else:
+            current.hub.used = True
+    recurrent = None
+    if kind.recurrent and steps is not None:
+        recurrent, bias = plan.recurrent()
+        assert recurrent is not None
+        recurrent = autocasting.rounded(recurrent)
+        if bias is not None:
+            current = _with_bias(current, bias)
+    asked_dense = plan.why_dense is not None or goes_dense(state)
+    sizes = steps or 1, *plan.flat
+    result = run_lif(
+        current,
+        sizes,
+        plan.neuron(),
+        _flat(mem, plan),
+        _flat(syn, plan),
+        plan.parts.common.spike_grad,
+        plan.b_th,
+        recurrent=recurrent,
+        z=_flat(spk, plan),
+        inflow=_flat(inflow, plan),
+        keep_states=keep_states,
+        max_active=policy.max_active(current.device),
+        dense=asked_dense,
+    )
+    count(
+        state, result, sizes[0], sizes[0] * sizes[1] * sizes[2], plan.b_th, plan.why_dense, plan.dtype.itemsize,
+        in_time=steps is not None, asked_dense=asked_dense,
+    )  # fmt: skip
+    return result
+
+
+def _with_bias(current: Any, bias: Tensor) -> Any:
+    """A sequence's current with what is added to it at every step."""
+    if type(current) is not DeferredCurrent:
+        return current + bias
+    hub = current.hub
+    bias = bias if hub.bias is None else hub.bias + bias
+    return DeferredCurrent(current.events, WeightHub(hub.given, bias, None, 0, None, hub.narrow))
+
+
+def _flat(part: Any, plan: SynapticPlan) -> Any:
+    """A state as the engine takes it, [B, N]."""
+    return part if part is None or part.shape == plan.flat else dense(part).reshape(plan.flat)
+
+
+def shaped(x: Tensor, shape: torch.Size) -> Tensor:
+    """Not a view: users detach_() states as they do any tensor."""
+    return x if x.shape == shape else torch.ops.aten._unsafe_view(x, shape)
+
+
+def current_learns(plan: SynapticPlan, *causes: Any) -> bool:
+    """Whether a synaptic current that no spikes flow into has a gradient: the membrane is no cause of it."""
+    return any(cause is not None and learns_of(cause) for cause in (*causes, plan.parts.alpha))
+
+
+def _framework(module: Any, state: LayerState, reason: str | None, input_: Any, given: tuple[Any, ...]) -> Any:
+    """snnTorch's own forward; `reason` is None where that is about to refuse the call."""
+    if reason is not None:
+        state.path, state.reason = "framework", reason
+        state.tally.framework_steps += 1
+    return own_forward(module)(module, *map(dense, (input_, *given)))

@@ -1,0 +1,208 @@
+"""The same neurons under time fusion: calls recorded, and a run of them executed as one sequence."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_backend import autocasting, surrogate
+from sparse_backend.convolution import DeferredConvolution
+from sparse_backend.deferred import DeferredCurrent, WeightCache, is_finite, unusual
+from sparse_backend.enabling import LayerState
+from sparse_backend.tensorlike import TensorLike, learns_of
+from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
+from sparse_backend.timefusion.sites import NeuronSite, dense
+
+from .for_snntorch_plan import Kind, SynapticPlan, make_synaptic_plan, synaptic_parts_of, synaptic_versions_of
+from .for_snntorch_synaptic import current_learns, handed_out, run, shaped
+from .shared import under_saved_tensor_hooks
+
+_ZEROS = object()  #: the state of a layer that begins
+
+
+def record(into: Recording, module: Any, kind: Kind, state: LayerState, input_: Any, given: tuple[Any, ...]) -> Any:
+    """Record one call of an enabled neuron; None where it has to be run now."""
+    own, buffers = module.__dict__, module._buffers
+    if own["init_hidden"] and any(part is not None for part in given):
+        return None
+    before = [buffers.get(name) if part is None else part for name, part in zip(kind.states, given, strict=True)]
+    site = state.site
+    if (
+        site is not None
+        and type(input_) is Placeholder
+        and input_.spec is site.input_spec
+        and all([type(x) is Placeholder and x.spec is spec for x, spec in zip(before, site.state_specs, strict=True)])
+        and not synaptic_parts_of(module, kind).differ(site.plan.parts)
+        and (not kind.recurrent or autocasting.is_now(site.autocast))
+    ):  # the next call of the last one's layer with the next step of its input
+        outputs = site.add((use(input_.ref),), tuple([take(x.ref) for x in before]))
+    else:
+        recorded = _record_first(into, module, kind, state, input_, before)
+        if recorded is None:
+            return None
+        outputs = recorded
+    after = dict(zip(_outputs(kind), outputs, strict=True))
+    buffers.update({name: after[name] for name in kind.states})
+    return handed_out(module, kind, after)
+
+
+def _outputs(kind: Kind) -> tuple[str, ...]:
+    """What a call gives: its spikes, then the states that are not them."""
+    return "spk", *(name for name in kind.states if name != "spk")
+
+
+def _record_first(
+    into: Recording, module: Any, kind: Kind, state: LayerState, input_: Any, before: list[Any]
+) -> list[Placeholder] | None:
+    """The same for a call that is not just one more of the last one's kind: it is looked at closely."""
+    if type(input_) is DeferredConvolution:
+        input_ = input_.to_dense()
+    what = type(input_)
+    if what is not Placeholder and what is not DeferredCurrent and (what is not Tensor or not is_watchable(input_)):
+        return None
+    if any(name not in module._buffers for name in kind.states) or unusual() is not None:
+        return None
+    shape, dtype, device = input_.shape, input_.dtype, input_.device
+    parts = synaptic_parts_of(module, kind)
+    plan: SynapticPlan | None = state.plan
+    if (
+        plan is None
+        or module not in into.put_back  # the first call of a forward looks at everything
+        or plan.shape != shape
+        or plan.dtype is not dtype
+        or parts.differ(plan.parts)
+        or synaptic_versions_of(parts) != plan.versions
+    ):
+        plan = state.plan = make_synaptic_plan(module, kind, state, parts, shape, dtype)
+    if plan.why_framework is not None or plan.why_in_steps is not None or parts.common.beta.device != device:
+        return None
+    if parts.weight is not None and not (parts.weight.device == device and is_finite(parts.weight)):
+        return None  # their products with zeros count
+    starts = []
+    for name, part in zip(kind.states, before, strict=True):
+        if type(part) is not Placeholder and type(part) is not Tensor and (name != "spk" or not _is_events(part)):
+            return None
+        if part.device != device:
+            return None
+        if part.shape != shape:
+            starts.append(_ZEROS)
+        elif part.dtype is not dtype:
+            return None
+        else:
+            start = into.state_ref(part)
+            if type(start) is Tensor:
+                if is_watchable(start):
+                    into.watch(start)
+                else:
+                    start = start.clone()
+            starts.append(start)
+    key = (id(module), id(plan), into.mode(), autocasting.state())
+    site: Any = into.sites.get(key)
+    if site is None:
+        site = into.sites[key] = _site(into, kind, state, plan)
+    recording = torch.is_grad_enabled()
+    learns = recording and (site.learns or learns_of(input_) or any(map(learns_of, before)))
+    syn_learns = learns
+    if kind.synaptic and not kind.recurrent:
+        syn_learns = recording and current_learns(plan, input_, before[kind.states.index("syn")])
+    specs = {"spk": (shape, site.spike_dtype, learns), "syn": (shape, dtype, syn_learns), "mem": (shape, dtype, learns)}
+    site.outputs(device, *(specs[name] for name in _outputs(kind)))
+    ref = into.input_ref(input_)
+    if what is Tensor:
+        into.watch(input_)
+    elif type(ref) is tuple and all([type(start) is tuple for start in starts]):
+        site.input_spec, site.state_specs = input_.spec, tuple([part.spec for part in before])
+        into.hold(state, site)
+    into.put_back[module] = functools.partial(_put_back, module, kind, state)
+    return site.add((ref,), tuple(starts))
+
+
+def _is_events(x: Any) -> bool:
+    return isinstance(x, TensorLike) and type(x) is not Placeholder
+
+
+def _put_back(module: Any, kind: Kind, state: LayerState) -> None:
+    """Give a module its states as tensors, zeros if never computed; a tensor it has been given stays."""
+    for name in kind.states:
+        part = module._buffers.get(name)
+        if type(part) is Placeholder:
+            values = part.to_dense() if part.has_value else torch.zeros(0, device=part.device)
+            module._buffers[name] = values
+            if name == "mem":
+                state.last_mem = weakref.ref(values)
+
+
+def _site(into: Recording, kind: Kind, state: LayerState, plan: SynapticPlan) -> Any:
+    common, alpha, _, weight, bias = plan.parts
+    reads = [common.beta, common.threshold, common.graded, alpha, weight, bias]
+    tensors = [part for part in reads if part is not None]
+    site: Any = NeuronSite(
+        into, functools.partial(_step, kind, state, plan), functools.partial(_sequence, kind, state, plan), tensors
+    )
+    site.state_slots = tuple(_outputs(kind).index(name) for name in kind.states)
+    site.plan = plan  # keeps its id from being used again
+    site.learns = any(part.requires_grad for part in tensors)
+    site.spike_dtype = surrogate.spike_dtype(common.spike_grad, torch.empty(0, dtype=plan.dtype))
+    return site
+
+
+def _step(kind: Kind, state: LayerState, plan: SynapticPlan, current: Any, *starts: Any) -> Any:
+    """One call alone, with the settings it was recorded under."""
+    reshaped = plan.shape != plan.flat
+    if type(current) is DeferredCurrent and not reshaped:
+        if state.weights is None:
+            state.weights = WeightCache()
+        current.adopt(state.weights)
+    if type(current) is not DeferredCurrent or reshaped or not current.is_deferred:
+        current = dense(current)
+    before = _before(kind, plan, current, starts)
+    inflow = None
+    if kind.recurrent:
+        spk = before["spk"]
+        if spk is None:
+            spk = torch.zeros(plan.shape, dtype=plan.dtype, device=current.device)
+        inflow = dense(plan.parts.recurrent(spk))
+    result = run(state, kind, plan, current, None, before["mem"], before.get("syn"), inflow=inflow)
+    last = {"spk": result.spikes, "mem": result.v_last, "syn": result.i_last}
+    if kind.synaptic and not (kind.recurrent or current_learns(plan, current, before["syn"])):
+        last["syn"] = result.i_last.detach()  # type: ignore[union-attr]
+    return [last["spk"], *(shaped(last[name], plan.shape) for name in _outputs(kind)[1:])]
+
+
+def _sequence(
+    kind: Kind, state: LayerState, plan: SynapticPlan, current: Any, starts: Any, keep: list[bool]
+) -> tuple[list[Any], list[Any]]:
+    """All calls of a run: current [T, ...]. Sequences of all outputs, and the last of each state."""
+    steps, shape = current.shape[0], plan.shape
+    if shape != plan.flat or type(current) is not DeferredCurrent or not current.is_deferred:
+        current = dense(current)
+    before = _before(kind, plan, current, starts)
+    result = run(
+        state, kind, plan, current, steps, before["mem"], before.get("syn"), spk=before.get("spk"),
+        keep_states=any(keep),
+    )  # fmt: skip
+    sequences = {"mem": result.v_seq, "syn": result.i_seq}
+    last = {"mem": result.v_last, "syn": result.i_last}
+    if kind.synaptic and not (kind.recurrent or current_learns(plan, current, before["syn"])):
+        sequences["syn"] = None if result.i_seq is None else result.i_seq.detach()
+        last["syn"] = result.i_last.detach()  # type: ignore[union-attr]
+    names, whole = _outputs(kind)[1:], (steps, *shape)
+    kept = [None if sequences[name] is None else sequences[name].view(whole) for name in names]  # type: ignore[union-attr]
+    return [result.spikes, *kept], [None, *(shaped(last[name], shape) for name in names)]  # type: ignore[arg-type]
+
+
+def _before(kind: Kind, plan: SynapticPlan, current: Any, starts: Any) -> dict[str, Any]:
+    """The states by their names, None where a layer begins with zeros."""
+    before = {}
+    for name, start in zip(kind.states, starts, strict=True):
+        if start is not _ZEROS:
+            before[name] = start if name == "spk" else dense(start)
+        elif under_saved_tensor_hooks():
+            before[name] = torch.zeros(plan.shape, dtype=plan.dtype, device=current.device)
+        else:
+            before[name] = None
+    return before

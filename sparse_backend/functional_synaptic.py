@@ -1,0 +1,159 @@
+"""The sequence ops of snnTorch's neurons with a synaptic current or recurrent weights, part of `functional`.
+
+>>> import torch
+>>> from sparse_backend import EventTensor, functional as F
+>>> def fast_sigmoid(x, slope=100.0):
+...     soft = x / (1 + slope * x.abs())
+...     return (x > 0).to(x.dtype) + (soft - soft.detach())
+>>> _ = torch.manual_seed(0)
+>>> x = EventTensor.from_dense((torch.rand(20, 4, 30) < 0.1).float())  # [T, B, M] spikes
+>>> weight, recurrent = torch.nn.Parameter(torch.randn(10, 30)), torch.nn.Parameter(torch.randn(10, 10))
+>>> out = F.linear_synaptic(x, weight, alpha=0.8, beta=0.9, recurrent=recurrent, spike_grad=fast_sigmoid, b_th=0.2)
+>>> out.spikes.shape, out.mem.shape, out.syn.shape
+(torch.Size([20, 4, 10]), torch.Size([4, 10]), torch.Size([4, 10]))
+>>> out.spikes.sum().backward()
+>>> recurrent.grad.shape
+torch.Size([10, 10])
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sparse_backend import policy
+from sparse_backend.arguments import (
+    check_like,
+    check_recurrent,
+    check_reset,
+    check_state,
+    check_steps,
+    check_surrogate,
+    check_tensors,
+    given_current,
+    linear_current,
+    per_neuron,
+)
+from sparse_backend.dynamics import RESETS, discrete
+from sparse_backend.events import EventTensor
+from sparse_backend.execute_lif import run_lif
+from sparse_backend.surrogate import SpikeGrad
+
+
+class SynapticSequence(NamedTuple):
+    """A layer's answer: `spikes` [T, B, N]; membrane `mem` and synaptic current `syn`, [B, N] after the last step or
+    [T, B, N] of all steps. syn is None for neurons without one."""
+
+    spikes: EventTensor
+    mem: Tensor
+    syn: Tensor | None
+
+
+def linear_synaptic(
+    x: EventTensor | Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    beta: float | Tensor,
+    alpha: float | Tensor | None = None,
+    threshold: float | Tensor = 1.0,
+    reset: str = "subtract",
+    spike_grad: SpikeGrad,
+    b_th: policy.BTh = "auto",
+    mem: Tensor | None = None,
+    syn: Tensor | None = None,
+    recurrent: Tensor | None = None,
+    spk: Tensor | None = None,
+    return_states: bool = False,
+) -> SynapticSequence:
+    """A linear layer and snnTorch's second-order neurons over a whole sequence, I = x W^T + b:
+
+        syn = alpha syn + I;  V = beta V + syn, with r = H(V - threshold) of the step before
+        V - r threshold ("subtract"), (1 - r) V ("zero") or V ("none");  S = H(V - threshold)
+
+    snnTorch's Synaptic; without alpha there is no synaptic current, and with recurrent weights it is its RLeaky.
+
+    x, weight, bias: as in `linear_leaky`; beta, alpha, threshold: numbers or tensors of one or N entries; mem, syn:
+    [B, N] before the first step, zeros if None; recurrent: [N, N] weights from the spikes of the step before, which are
+    spk, [B, N], at the first step, zeros if None. All floating point tensors share one dtype, float32 or float64, and
+    one device; on CUDA x and weights may be half or bfloat16, as there.
+
+    Gradients reach every tensor given that requires them, and are those of ordinary back-propagation with the surrogate
+    masked to |V - threshold| < b_th, in the recurrence too. alpha and beta are used as given: clamp them yourself where
+    you learn them.
+
+    Raises ValueError or TypeError naming the argument, what was expected and what was given.
+    Source: neurons as snntorch/_neurons/synaptic.py, rleaky.py and rsynaptic.py.
+    """
+    return _synaptic(
+        linear_current(x, weight, bias), (beta, alpha, threshold), reset, spike_grad, b_th, mem, syn, recurrent, spk,
+        return_states,
+    )  # fmt: skip
+
+
+def synaptic(
+    current: Tensor,
+    *,
+    beta: float | Tensor,
+    alpha: float | Tensor | None = None,
+    threshold: float | Tensor = 1.0,
+    reset: str = "subtract",
+    spike_grad: SpikeGrad,
+    b_th: policy.BTh = "auto",
+    mem: Tensor | None = None,
+    syn: Tensor | None = None,
+    recurrent: Tensor | None = None,
+    spk: Tensor | None = None,
+    return_states: bool = False,
+) -> SynapticSequence:
+    """The neurons alone, over a sequence of any currents [T, B, N]; the rest as `linear_synaptic`."""
+    return _synaptic(
+        given_current(current), (beta, alpha, threshold), reset, spike_grad, b_th, mem, syn, recurrent, spk,
+        return_states,
+    )  # fmt: skip
+
+
+def _synaptic(
+    current: Any,
+    values: tuple[Any, ...],
+    reset: str,
+    spike_grad: SpikeGrad,
+    b_th: policy.BTh,
+    mem: Tensor | None,
+    syn: Tensor | None,
+    recurrent: Tensor | None,
+    spk: Tensor | None,
+    return_states: bool,
+) -> SynapticSequence:
+    code = check_reset(reset, RESETS)
+    shape = check_steps(current)
+    _, batch, neurons = shape
+    check_tensors(("mem", "syn"), mem=mem, syn=syn)
+    check_state("mem", mem, batch, neurons)
+    check_state("syn", syn, batch, neurons)
+    beta, alpha, threshold = (
+        None if value is None and name == "alpha" else per_neuron(name, value, current, neurons)
+        for name, value in zip(("beta", "alpha", "threshold"), values, strict=True)
+    )
+    if syn is not None and alpha is None:
+        raise ValueError("syn: expected None without alpha, got a tensor")
+    assert beta is not None and threshold is not None
+    check_like(current, beta=beta, alpha=alpha, threshold=threshold, mem=mem, syn=syn)
+    recurrent = check_recurrent(current, recurrent, spk, "spk")
+    result = run_lif(
+        current,
+        shape,
+        discrete(beta, alpha, threshold, code),
+        mem,
+        syn,
+        spike_grad,
+        check_surrogate(spike_grad, b_th),
+        recurrent=recurrent,
+        z=spk,
+        keep_states=return_states,
+        max_active=policy.max_active(current.device),
+    )
+    states = (result.v_seq, result.i_seq) if return_states else (result.v_last, result.i_last)
+    assert states[0] is not None
+    return SynapticSequence(EventTensor.from_dense(result.spikes), *states)
