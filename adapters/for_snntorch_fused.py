@@ -18,7 +18,7 @@ from sparse_backend.tensorlike import TensorLike, learns_of
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite
 
-from .for_snntorch_plan import make_plan, neuron_of, parts_of, versions_of
+from .for_snntorch_plan import make_plan, neuron_of, parts_of, same_objects, versions_of
 from .shared import count, goes_dense, under_saved_tensor_hooks
 
 _ZEROS = object()  #: the state of a layer that begins
@@ -35,7 +35,7 @@ def record(into: Recording, module: Any, state: LayerState, input_: Any, mem: An
         and type(before) is Placeholder
         and input_.spec is site.input_spec
         and before.spec is site.state_specs[0]
-        and _same_objects(own, buffers, module._parameters, module._modules, site.plan.parts)
+        and same_objects(own, buffers, module._parameters, module._modules, site.plan.parts)
         and (mem is None or not own["init_hidden"])
     ):  # the next call of the last one's layer with the next step of its input
         spikes, after = site.add((use(input_.ref),), (take(before.ref),))
@@ -71,7 +71,7 @@ def _record_first(
         or module not in into.put_back  # the first call of a forward looks at everything
         or plan.shape != shape
         or plan.dtype is not dtype
-        or not _same_objects(own, buffers, module._parameters, module._modules, plan.parts)
+        or not same_objects(own, buffers, module._parameters, module._modules, plan.parts)
         or versions_of(plan.parts) != plan.versions
     ):
         plan = state.plan = make_plan(module, state, parts_of(module), shape, dtype)
@@ -103,23 +103,6 @@ def _record_first(
         into.hold(state, site)
     into.put_back[module] = functools.partial(_put_back, module, state)
     return site.add((ref,), (start,))
-
-
-def _same_objects(own: Any, buffers: Any, parameters: Any, modules: Any, parts: Any) -> bool:
-    """Whether a module is made of the parts a plan knows. What is written into them is seen by their versions, when
-    the recorded calls run."""
-    beta, threshold, graded, function = parts.beta, parts.threshold, parts.graded, own["state_function"]
-    return (
-        (buffers.get("beta") is beta or parameters.get("beta") is beta)
-        and (buffers.get("threshold") is threshold or parameters.get("threshold") is threshold)
-        and (buffers.get("graded_spikes_factor") is graded or parameters.get("graded_spikes_factor") is graded)
-        and buffers.get("reset_mechanism_val") is parts.reset_number
-        and (own["spike_grad"] if "spike_grad" in own else modules.get("spike_grad")) is parts.spike_grad
-        and getattr(function, "__func__", function) is parts.state_function
-        and own["reset_delay"] is parts.reset_delay
-        and own["state_quant"] is parts.state_quant
-        and own["inhibition"] is parts.inhibition
-    )
 
 
 def _put_back(module: Any, state: LayerState) -> None:

@@ -16,6 +16,7 @@ from sparse_backend.enabling import LayerState
 
 FLOATS = (torch.float32, torch.float64)
 RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}  # a neuron's state functions
+MOST_ONE_TO_ONE = 1024  # neurons whose one-to-one connection runs as a matrix, 4 MB
 METHODS = ("fire", "mem_reset", "_base_state_function", "_base_state_reset_zero", *RESETS)
 
 
@@ -205,16 +206,42 @@ def prepare_to_trace(module: Any, state: LayerState) -> None:
 class Kind(NamedTuple):
     """What tells one such class from the others."""
 
-    states: tuple[str, ...]  #: names of its states in the order it takes and returns them
-    synaptic: bool = False
-    recurrent: bool = False
+    states: tuple[str, ...]  #: names of its states in the order it takes them
+    outputs: tuple[str, ...]  #: names of what it returns: its spikes, and the states that are not them
+    slots: tuple[int, ...]  #: where each state is among these
+
+    @property
+    def synaptic(self) -> bool:
+        return "syn" in self.states
+
+    @property
+    def recurrent(self) -> bool:
+        return "spk" in self.states
 
 
-KINDS = {
-    Synaptic: Kind(("syn", "mem"), synaptic=True),
-    RLeaky: Kind(("spk", "mem"), recurrent=True),
-    RSynaptic: Kind(("spk", "syn", "mem"), synaptic=True, recurrent=True),
-}
+def _kind(*states: str) -> Kind:
+    outputs = ("spk", *(name for name in states if name != "spk"))
+    return Kind(states, outputs, tuple(map(outputs.index, states)))
+
+
+KINDS = {Synaptic: _kind("syn", "mem"), RLeaky: _kind("spk", "mem"), RSynaptic: _kind("spk", "syn", "mem")}
+
+
+def same_objects(own: Any, buffers: Any, parameters: Any, modules: Any, parts: Parts) -> bool:
+    """Whether a module is made of the parts a plan knows, looked up fast. What is written into them is seen by their
+    versions, when recorded calls run."""
+    beta, threshold, graded, function = parts.beta, parts.threshold, parts.graded, own["state_function"]
+    return (
+        (buffers.get("beta") is beta or parameters.get("beta") is beta)
+        and (buffers.get("threshold") is threshold or parameters.get("threshold") is threshold)
+        and (buffers.get("graded_spikes_factor") is graded or parameters.get("graded_spikes_factor") is graded)
+        and buffers.get("reset_mechanism_val") is parts.reset_number
+        and (own["spike_grad"] if "spike_grad" in own else modules.get("spike_grad")) is parts.spike_grad
+        and getattr(function, "__func__", function) is parts.state_function
+        and own["reset_delay"] is parts.reset_delay
+        and own["state_quant"] is parts.state_quant
+        and own["inhibition"] is parts.inhibition
+    )
 
 
 class SynapticParts(NamedTuple):
@@ -266,13 +293,16 @@ class SynapticPlan(NamedTuple):
 
 def synaptic_parts_of(module: Any, kind: Kind) -> SynapticParts:
     recurrent = module._modules.get("recurrent") if kind.recurrent else None
-    weight = bias = None
-    if type(recurrent) is torch.nn.Linear:
-        weight, bias = recurrent._parameters.get("weight"), recurrent._parameters.get("bias")
-    elif type(recurrent) is RecurrentOneToOne:
-        weight = recurrent.V
+    weight, bias = connection_of(recurrent)
     alpha = part_of(module, "alpha") if kind.synaptic else None
     return SynapticParts(parts_of(module), alpha, recurrent, weight, bias)
+
+
+def connection_of(recurrent: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a recurrent connection; None where it is not a known one."""
+    if type(recurrent) is torch.nn.Linear:
+        return recurrent._parameters.get("weight"), recurrent._parameters.get("bias")
+    return (recurrent.V, None) if type(recurrent) is RecurrentOneToOne else (None, None)
 
 
 def synaptic_versions_of(parts: SynapticParts) -> tuple[Any, ...]:
@@ -323,6 +353,6 @@ def _why_in_steps(parts: SynapticParts, shape: torch.Size, dtype: torch.dtype) -
         return "its recurrent connection has hooks"
     if len(shape) != 2 or (weight.numel() != 1 and weight.shape[-1] != shape[-1]) or weight.dtype is not dtype:
         return f"its recurrent weights are {list(weight.shape)} of {weight.dtype}, its current {list(shape)} of {dtype}"
-    if weight.dim() > 1 and type(recurrent) is RecurrentOneToOne:
-        return f"its V is {list(weight.shape)}"
+    if type(recurrent) is RecurrentOneToOne and (weight.dim() > 1 or shape[-1] > MOST_ONE_TO_ONE):
+        return f"its one-to-one connection of {shape[-1]} neurons, V {list(weight.shape)}, is not made a matrix"
     return None

@@ -44,12 +44,14 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
         elif type(input_) is not Tensor and type(input_) is not Parameter:
             return _framework(module, state, f"its current is a {type(input_).__name__}", input_, given)
     before = {name: buffers.get(name) if part is None else part for name, part in zip(kind.states, given, strict=True)}
-    spk = before.pop("spk", None)  # its events are what recurrent weights are multiplied with
+    spk = before.pop("spk", None)  # events, as recurrent weights are best multiplied with
     before = {name: dense(part) for name, part in before.items()}
     reason = unusual()
-    for part in (*before.values(), dense(spk) if kind.recurrent else input_ if not deferred else before["mem"]):
+    for name, part in before.items():
         if reason is None and type(part) is not Tensor and type(part) is not Parameter:
-            reason = f"its state is a {type(part).__name__}"
+            reason = f"its {name} is a {type(part).__name__}"
+    if reason is None and kind.recurrent and not isinstance(spk, Tensor):
+        reason = f"its spk is a {type(spk).__name__}"
     if reason is not None or (own["init_hidden"] and any(part is not None for part in given)):
         return _framework(module, state, reason, input_, given)
 
@@ -98,14 +100,12 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
             buffers[name] = after[name]
         else:
             setattr(module, name, after[name])
-    return handed_out(module, kind, after)
+    return handed_out(own, [after[name] for name in kind.outputs])
 
 
-def handed_out(module: Any, kind: Kind, after: dict[str, Any]) -> Any:
-    """What a call returns."""
-    if module.__dict__["output"] or not module.__dict__["init_hidden"]:
-        return after["spk"], *(after[name] for name in kind.states if name != "spk")
-    return after["spk"]
+def handed_out(own: dict[str, Any], outputs: list[Any]) -> Any:
+    """What a call of the module with these attributes returns."""
+    return tuple(outputs) if own["output"] or not own["init_hidden"] else outputs[0]
 
 
 def run(

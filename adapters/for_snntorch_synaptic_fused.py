@@ -17,7 +17,16 @@ from sparse_backend.tensorlike import TensorLike, learns_of
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite, dense
 
-from .for_snntorch_plan import Kind, SynapticPlan, make_synaptic_plan, synaptic_parts_of, synaptic_versions_of
+from .for_snntorch_plan import (
+    Kind,
+    SynapticParts,
+    SynapticPlan,
+    connection_of,
+    make_synaptic_plan,
+    same_objects,
+    synaptic_parts_of,
+    synaptic_versions_of,
+)
 from .for_snntorch_synaptic import current_learns, handed_out, run, shaped
 from .shared import under_saved_tensor_hooks
 
@@ -27,17 +36,17 @@ _ZEROS = object()  #: the state of a layer that begins
 def record(into: Recording, module: Any, kind: Kind, state: LayerState, input_: Any, given: tuple[Any, ...]) -> Any:
     """Record one call of an enabled neuron; None where it has to be run now."""
     own, buffers = module.__dict__, module._buffers
-    if own["init_hidden"] and any(part is not None for part in given):
-        return None
     before = [buffers.get(name) if part is None else part for name, part in zip(kind.states, given, strict=True)]
+    if own["init_hidden"] and any([part is not None for part in given]):
+        return None
     site = state.site
     if (
         site is not None
         and type(input_) is Placeholder
         and input_.spec is site.input_spec
         and all([type(x) is Placeholder and x.spec is spec for x, spec in zip(before, site.state_specs, strict=True)])
-        and not synaptic_parts_of(module, kind).differ(site.plan.parts)
-        and (not kind.recurrent or autocasting.is_now(site.autocast))
+        and _same_objects(module, own, buffers, site.plan.parts)
+        and ("spk" not in kind.states or autocasting.is_now(site.autocast))  # which rounds recurrent weights
     ):  # the next call of the last one's layer with the next step of its input
         outputs = site.add((use(input_.ref),), tuple([take(x.ref) for x in before]))
     else:
@@ -45,14 +54,22 @@ def record(into: Recording, module: Any, kind: Kind, state: LayerState, input_: 
         if recorded is None:
             return None
         outputs = recorded
-    after = dict(zip(_outputs(kind), outputs, strict=True))
-    buffers.update({name: after[name] for name in kind.states})
-    return handed_out(module, kind, after)
+    for name, slot in zip(kind.states, kind.slots, strict=True):
+        buffers[name] = outputs[slot]
+    return handed_out(own, outputs)
 
 
-def _outputs(kind: Kind) -> tuple[str, ...]:
-    """What a call gives: its spikes, then the states that are not them."""
-    return "spk", *(name for name in kind.states if name != "spk")
+def _same_objects(module: Any, own: Any, buffers: Any, parts: SynapticParts) -> bool:
+    parameters, modules = module._parameters, module._modules
+    if not same_objects(own, buffers, parameters, modules, parts.common):
+        return False
+    alpha, recurrent = parts.alpha, parts.recurrent
+    if alpha is not None and not (buffers.get("alpha") is alpha or parameters.get("alpha") is alpha):
+        return False
+    if recurrent is None:
+        return True
+    weight, bias = connection_of(recurrent)
+    return modules.get("recurrent") is recurrent and weight is parts.weight and bias is parts.bias
 
 
 def _record_first(
@@ -110,7 +127,7 @@ def _record_first(
     if kind.synaptic and not kind.recurrent:
         syn_learns = recording and current_learns(plan, input_, before[kind.states.index("syn")])
     specs = {"spk": (shape, site.spike_dtype, learns), "syn": (shape, dtype, syn_learns), "mem": (shape, dtype, learns)}
-    site.outputs(device, *(specs[name] for name in _outputs(kind)))
+    site.outputs(device, *(specs[name] for name in kind.outputs))
     ref = into.input_ref(input_)
     if what is Tensor:
         into.watch(input_)
@@ -143,7 +160,7 @@ def _site(into: Recording, kind: Kind, state: LayerState, plan: SynapticPlan) ->
     site: Any = NeuronSite(
         into, functools.partial(_step, kind, state, plan), functools.partial(_sequence, kind, state, plan), tensors
     )
-    site.state_slots = tuple(_outputs(kind).index(name) for name in kind.states)
+    site.state_slots = kind.slots
     site.plan = plan  # keeps its id from being used again
     site.learns = any(part.requires_grad for part in tensors)
     site.spike_dtype = surrogate.spike_dtype(common.spike_grad, torch.empty(0, dtype=plan.dtype))
@@ -170,7 +187,7 @@ def _step(kind: Kind, state: LayerState, plan: SynapticPlan, current: Any, *star
     last = {"spk": result.spikes, "mem": result.v_last, "syn": result.i_last}
     if kind.synaptic and not (kind.recurrent or current_learns(plan, current, before["syn"])):
         last["syn"] = result.i_last.detach()  # type: ignore[union-attr]
-    return [last["spk"], *(shaped(last[name], plan.shape) for name in _outputs(kind)[1:])]
+    return [last["spk"], *(shaped(last[name], plan.shape) for name in kind.outputs[1:])]
 
 
 def _sequence(
@@ -190,7 +207,7 @@ def _sequence(
     if kind.synaptic and not (kind.recurrent or current_learns(plan, current, before["syn"])):
         sequences["syn"] = None if result.i_seq is None else result.i_seq.detach()
         last["syn"] = result.i_last.detach()  # type: ignore[union-attr]
-    names, whole = _outputs(kind)[1:], (steps, *shape)
+    names, whole = kind.outputs[1:], (steps, *shape)
     kept = [None if sequences[name] is None else sequences[name].view(whole) for name in names]  # type: ignore[union-attr]
     return [result.spikes, *kept], [None, *(shaped(last[name], shape) for name in names)]  # type: ignore[arg-type]
 

@@ -216,7 +216,7 @@ def test_room_fades_when_the_busiest_layer_is_gone():
 MANY = 1 << 31
 NEURON = (torch.tensor(0.5), torch.tensor(1.0))
 LIF_NEURON = (torch.tensor(0.5), None, None, torch.tensor(1.0), torch.tensor(0.0), None, None, None, None)
-LIF_OPTIONS = (LIF_RESETS["value"], False, 0.5, False, False, False, False, 1.0)
+LIF_OPTIONS = (LIF_RESETS["value"], False, False, 0.5, False, False, False, False, 1.0)
 OPTIONS, SIZES = cases.options(), (MANY // 2, 2)
 
 

@@ -54,6 +54,14 @@ def test_chunks_against_the_twins(case, l2_bytes):
     getattr(cases, f"test_{case}_against_its_twin")()
 
 
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("discrete", [False, True])
+def test_without_steps_states_come_back_as_given(discrete, recurrent):
+    neuron = cases.make_neuron(33, 2, torch.float64, recurrent, discrete=discrete)
+    out = LIFOutput(*lif_ops.lif(torch.zeros(0, 2, 33, dtype=torch.float64), *neuron, *cases.Options(True, True, True)))
+    assert torch.equal(out.v_last, neuron.v) and torch.equal(out.i_last, neuron.i)
+
+
 @pytest.mark.parametrize("l2_bytes", [emulation.L2_BYTES, 1 << 15], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize(("recurrent", "dense"), [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("discrete", [False, True])

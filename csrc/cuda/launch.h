@@ -268,9 +268,9 @@ struct LifForwardScan {
     const T* v_before = nullptr;  // [B, N], leak if null
     const T* i_before = nullptr;  // [B, N], zeros if null
     int reset;
-    bool discrete;  // snnTorch's equations: see LifForward in params.h
     T b_th;
     bool dense;            // x at every entry, else at active ones alone
+    bool discrete;         // snnTorch's equations: see LifForward in params.h
     T* x;                  // [steps, B, N]
     T* v;                  // [B, N]
     T* i = nullptr;        // [B, N], where there is a synaptic current: as handed out

@@ -95,6 +95,7 @@ _CONV = Case(
     batch=128, paths=(STOCK, LOOP, LOOP_EVENTS, STEP, STOCK_NO_GRAD, LOOP_NO_GRAD), net="conv", image=(1, 28, 28),
     layout="28x28 - 12C5 - MP2 - 64C5 - MP2 - 10", data="fashion_mnist",
 )  # fmt: skip
+_STATES_PATHS = (STOCK, LOOP, LOOP_EVENTS, STEP)
 
 CASES: dict[str, Case] = {
     case.name: case
@@ -108,6 +109,8 @@ CASES: dict[str, Case] = {
         dataclasses.replace(_FMNIST, name="dense-auto", surrogate="atan", b_th="auto", paths=_DENSE_PATHS, **_DENSE),
         dataclasses.replace(_FMNIST, name="forced", net="forced", paths=(STOCK, LOOP, STEP)),
         _CONV,
+        dataclasses.replace(_FMNIST, name="synaptic", net="synaptic", paths=_STATES_PATHS),
+        dataclasses.replace(_SHD, name="recurrent", net="recurrent", hidden=(200,), paths=_STATES_PATHS),
         *_NORSE_CASES,
         *(
             dataclasses.replace(case, name=f"{case.name}-auto", surrogate="super", b_th="auto", **_DENSE)
@@ -266,6 +269,16 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("conv", STEP, "whole", 2),
     Target("conv", LOOP_NO_GRAD, "forward", 3, STOCK_NO_GRAD),
+    *(
+        target
+        for case, dense, events in (("synaptic", 10, 12), ("recurrent", 8, 12))
+        for target in (
+            Target(case, LOOP, "whole", dense),
+            Target(case, LOOP_EVENTS, "whole", events),
+            Target(case, STEP, "whole", 1 / 1.05),
+            *_kept(case, 0.05),
+        )
+    ),
     *_sparse("norse-fmnist", 20, 30, kept=0.05),
     *_sparse("norse-shd", 200, 300, kept=0.05),
     *_whole("norse-shd", 8, 12, MENDED),

@@ -33,7 +33,7 @@ class LeakyNet(nn.Module):
 
     def __init__(self, sizes: Sequence[int], spike_grad: Any, make: MakeNeurons) -> None:
         super().__init__()
-        self.linears = nn.ModuleList(_initial(nn.Linear(m, n)) for m, n in itertools.pairwise(sizes))
+        self.linears = nn.ModuleList(initial(nn.Linear(m, n)) for m, n in itertools.pairwise(sizes))
         self.neurons = make(len(sizes) - 1, spike_grad)
 
     def forward(self, x: Tensor) -> Output:  # [T, B, inputs]
@@ -75,9 +75,9 @@ class ConvNet(nn.Module):
 
     def __init__(self, classes: int, spike_grad: Any, make: MakeNeurons) -> None:
         super().__init__()
-        self.conv1, self.conv2 = _initial(nn.Conv2d(1, 12, 5)), _initial(nn.Conv2d(12, 64, 5))
+        self.conv1, self.conv2 = initial(nn.Conv2d(1, 12, 5)), initial(nn.Conv2d(12, 64, 5))
         self.pool = nn.MaxPool2d(2)
-        self.fc = _initial(nn.Linear(64 * 4 * 4, classes))
+        self.fc = initial(nn.Linear(64 * 4 * 4, classes))
         self.neurons = make(3, spike_grad)
 
     def forward(self, x: Tensor) -> Output:  # [T, B, 1, 28, 28]
@@ -101,7 +101,7 @@ class ConvNet(nn.Module):
         return [self.conv1, self.conv2]
 
 
-def _initial(layer: Any) -> Any:
+def initial(layer: Any) -> Any:
     """The layer with other random weights, and biases of 0: these alone would drive some neurons all the time."""
     nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.weight[0].numel()))
     nn.init.zeros_(layer.bias)
