@@ -22,6 +22,7 @@ from sparse_backend import autocasting, dynamics, policy, surrogate
 from sparse_backend.deferred import DeferredCurrent, WeightCache, unusual
 from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.execute import can_trace, run_leaky, run_leaky_traced
+from sparse_backend.execute_lif import run_lif_traced
 from sparse_backend.tensorlike import TensorLike
 from sparse_backend.timefusion import recorder
 
@@ -120,8 +121,10 @@ def _synaptic_forward(module: Any, input_: Any, *args: Any, **kwargs: Any) -> An
     """The forward of an enabled neuron with more state."""
     kind = KINDS[type(module)]
     given = _given(kind, args, kwargs)
-    if torch.compiler.is_compiling() or given is None:
+    if given is None:
         return own_forward(module)(module, input_, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        return _compiled_synaptic(module, kind, input_, given)
     state = module.__dict__[STATE]
     if autocasting.is_on():
         input_, given = _wide_states(module, kind, input_, given)
@@ -273,21 +276,7 @@ def _compiled_forward(module: Any, input_: Any, mem: Any) -> Any:
     beta, threshold = module.beta, module.threshold
     if autocasting.is_on():
         input_, mem = autocasting.widened(input_), autocasting.widened(mem)
-    if (
-        state.traced_for is not module.spike_grad
-        or module.state_quant
-        or module.inhibition
-        or module.surrogate_disable
-        or (mem is not None and module.init_hidden)
-        or input_.dim() != 2
-        or input_.dtype not in FLOATS
-        or beta.dim() > 1
-        or threshold.dim() > 1
-        or beta.dtype != input_.dtype
-        or threshold.dtype != input_.dtype
-        or module._reset_mechanism != state.traced_reset
-        or module.graded_spikes_factor.dim() > 0
-    ):
+    if not _can_trace(module, state, input_, beta, threshold) or (mem is not None and module.init_hidden):
         return _own_forward(module, input_, mem)
     graded = module.graded_spikes_factor if state.traced_graded else None
     neuron = dynamics.Leaky(
@@ -302,3 +291,52 @@ def _compiled_forward(module: Any, input_: Any, mem: Any) -> Any:
     if module.output or not module.init_hidden:
         return spikes, after
     return spikes
+
+
+def _can_trace(module: Any, state: LayerState, input_: Tensor, *parts: Tensor) -> bool:
+    """Whether an op of ours serves this call, parts being the module's coefficients."""
+    return (
+        state.traced_for is module.spike_grad
+        and not (module.state_quant or module.inhibition or module.surrogate_disable)
+        and input_.dim() == 2
+        and input_.dtype in FLOATS
+        and all([part.dim() <= 1 and part.dtype == input_.dtype for part in parts])
+        and module._reset_mechanism == state.traced_reset
+        and module.graded_spikes_factor.dim() == 0
+    )
+
+
+def _compiled_synaptic(module: Any, kind: Kind, input_: Any, given: tuple[Any, ...]) -> Any:
+    """The same for neurons with more state."""
+    state = getattr(module, STATE)
+    if autocasting.is_on():
+        input_, given = autocasting.widened(input_), tuple([autocasting.widened(part) for part in given])
+    synaptic, recurrent = "syn" in kind.states, "spk" in kind.states
+    parts = [module.beta, module.threshold, *([module.alpha] if synaptic else [])]
+    before = {name: getattr(module, name) if part is None else part for name, part in zip(kind.states, given)}  # noqa: B905
+    refused = module.init_hidden and any([part is not None for part in given])
+    if (
+        refused
+        or not _can_trace(module, state, input_, *parts)
+        or state.traced_graded
+        or not module.reset_delay
+        or any([part.dtype != input_.dtype for part in before.values()])
+    ):
+        return own_forward(module)(module, input_, *given)
+    start = {name: part if part.shape == input_.shape else None for name, part in before.items()}
+    inflow = None
+    if recurrent:
+        spk = start["spk"]
+        inflow = module.recurrent(torch.zeros_like(input_) if spk is None else spk)
+    alpha = module.alpha.clamp(0, 1) if synaptic else None
+    neuron = dynamics.discrete(module.beta.clamp(0, 1), alpha, module.threshold, dynamics.RESETS[state.traced_reset])
+    spikes, mem, syn = run_lif_traced(
+        input_, neuron, start["mem"], start.get("syn"), inflow, module.spike_grad, state.traced_b_th
+    )
+    module.mem = mem
+    if synaptic:
+        module.syn = syn
+    if recurrent:
+        module.spk = spikes
+    outputs = [spikes, syn, mem] if synaptic else [spikes, mem]
+    return tuple(outputs) if module.output or not module.init_hidden else spikes

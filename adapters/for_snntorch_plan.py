@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from snntorch import RLeaky, RSynaptic, SpikingNeuron, Synaptic
-from snntorch._neurons.rleaky import RecurrentOneToOne
+from snntorch._neurons import rleaky, rsynaptic
 from torch import Tensor
 
 from sparse_backend import dynamics, policy, surrogate
@@ -16,6 +16,9 @@ from sparse_backend.enabling import LayerState
 
 FLOATS = (torch.float32, torch.float64)
 RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}  # a neuron's state functions
+ONE_TO_ONE = (rleaky.RecurrentOneToOne, rsynaptic.RecurrentOneToOne)
+#: parts of a recurrent connection that give the same twice
+REPEATABLE = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Sequential, torch.nn.Identity, *ONE_TO_ONE)
 MOST_ONE_TO_ONE = 1024  # neurons whose one-to-one connection runs as a matrix, 4 MB
 METHODS = ("fire", "mem_reset", "_base_state_function", "_base_state_reset_zero", *RESETS)
 
@@ -286,7 +289,7 @@ class SynapticPlan(NamedTuple):
     def recurrent(self) -> tuple[Tensor | None, Tensor | None]:
         """The recurrent weights [N, N] and bias [N] of a plan whose calls may run as one sequence."""
         weight, bias = self.parts.weight, self.parts.bias
-        if weight is not None and type(self.parts.recurrent) is RecurrentOneToOne:
+        if weight is not None and type(self.parts.recurrent) in ONE_TO_ONE:
             weight = torch.diag(weight.reshape(-1).expand(self.flat[1]))
         return weight, bias
 
@@ -302,7 +305,7 @@ def connection_of(recurrent: Any) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of a recurrent connection; None where it is not a known one."""
     if type(recurrent) is torch.nn.Linear:
         return recurrent._parameters.get("weight"), recurrent._parameters.get("bias")
-    return (recurrent.V, None) if type(recurrent) is RecurrentOneToOne else (None, None)
+    return (recurrent.V, None) if type(recurrent) in ONE_TO_ONE else (None, None)
 
 
 def synaptic_versions_of(parts: SynapticParts) -> tuple[Any, ...]:
@@ -315,9 +318,13 @@ def synaptic_versions_of(parts: SynapticParts) -> tuple[Any, ...]:
 def make_synaptic_plan(
     module: Any, kind: Kind, state: LayerState, parts: SynapticParts, shape: torch.Size, dtype: torch.dtype
 ) -> SynapticPlan:
+    prepare_to_trace(module, state)
     common, alpha = parts.common, parts.alpha
     reset = getattr(common.state_function, "__name__", "")
+    in_steps = _why_in_steps(parts, shape, dtype) if kind.recurrent else None
     reason = why_framework(module, common, shape, dtype, reset) or _why_not_as_discrete(module, common, reset)
+    if reason is None and kind.recurrent:
+        reason = _why_not_recurrent(parts, reset, dtype)
     b_th, why_dense, code = math.inf, None, dynamics.RESETS["none"]
     if reason is None:
         given = {"beta": common.beta, "threshold": common.threshold}
@@ -329,7 +336,6 @@ def make_synaptic_plan(
         else:
             code = dynamics.RESETS[RESETS[reset]]
             b_th, why_dense = _band(state, common, common.threshold)
-    in_steps = _why_in_steps(parts, shape, dtype) if kind.recurrent else None
     return SynapticPlan(
         parts, synaptic_versions_of(parts), shape, dtype, reason, in_steps, _flat(shape), code, b_th, why_dense
     )
@@ -344,15 +350,35 @@ def _why_not_as_discrete(module: Any, parts: Parts, reset: str) -> str | None:
     return None
 
 
+def _why_not_recurrent(parts: SynapticParts, reset: str, dtype: torch.dtype) -> str | None:
+    recurrent = parts.recurrent
+    if type(recurrent) in ONE_TO_ONE and not _has_hooks(recurrent):
+        return None
+    others = {part.dtype for part in recurrent.parameters()} - {dtype}
+    if others:
+        return f"its recurrent weights are {others.pop()}, its current {dtype}"
+    if reset == "_base_zero":  # snnTorch asks it twice a step
+        for part in recurrent.modules():
+            if type(part) not in REPEATABLE or _has_hooks(part):
+                what = "hooks" if type(part) in REPEATABLE else f"a {type(part).__name__}"
+                return f"its recurrent connection has {what}, with a reset to zero"
+    return None
+
+
+def _has_hooks(module: Any) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def _why_in_steps(parts: SynapticParts, shape: torch.Size, dtype: torch.dtype) -> str | None:
     recurrent, weight = parts.recurrent, parts.weight
     if weight is None:
         return f"its recurrent connection is a {type(recurrent).__name__}"
-    hooks = recurrent._forward_hooks or recurrent._forward_pre_hooks or recurrent._backward_hooks
-    if hooks or recurrent._backward_pre_hooks:
+    if _has_hooks(recurrent):
         return "its recurrent connection has hooks"
     if len(shape) != 2 or (weight.numel() != 1 and weight.shape[-1] != shape[-1]) or weight.dtype is not dtype:
         return f"its recurrent weights are {list(weight.shape)} of {weight.dtype}, its current {list(shape)} of {dtype}"
-    if type(recurrent) is RecurrentOneToOne and (weight.dim() > 1 or shape[-1] > MOST_ONE_TO_ONE):
+    if type(recurrent) in ONE_TO_ONE and (weight.dim() > 1 or shape[-1] > MOST_ONE_TO_ONE):
         return f"its one-to-one connection of {shape[-1]} neurons, V {list(weight.shape)}, is not made a matrix"
     return None

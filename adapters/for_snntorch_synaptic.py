@@ -20,6 +20,7 @@ from sparse_backend.tensorlike import TensorLike, learns_of
 from sparse_backend.timefusion.sites import dense
 
 from .for_snntorch_plan import (
+    ONE_TO_ONE,
     Kind,
     SynapticPlan,
     make_synaptic_plan,
@@ -81,6 +82,11 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
         reason = "its beta is on another device than its current"
     if reason is not None:
         return _framework(module, state, reason, input_, given)
+
+    if kind.recurrent and type(parts.recurrent) in ONE_TO_ONE and spk.shape == shape:
+        product = torch.promote_types(spk.dtype, plan.parts.weight.dtype)
+        if product is not dtype:
+            return _framework(module, state, f"its spk times V is {product}, its current {dtype}", input_, given)
 
     inflow = None
     if kind.recurrent:  # gathered over the steps, as the weights of a linear layer are

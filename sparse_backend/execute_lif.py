@@ -15,8 +15,9 @@ from sparse_backend.deferred import DeferredCurrent
 from sparse_backend.dynamics import LI, LIF
 from sparse_backend.events import EventTensor
 from sparse_backend.ops._library import exactly
+from sparse_backend.ops.events import events_to_dense
 from sparse_backend.ops.leaky import NONE
-from sparse_backend.ops.lif import VALUE, LIFOutput, call_lif
+from sparse_backend.ops.lif import VALUE, LIFOutput, call_lif, lif
 from sparse_backend.ops.linear_lif import call_linear_lif
 from sparse_backend.tensorlike import dense as dense_of
 
@@ -67,8 +68,11 @@ def run_lif(
     b_th is infinite, or if more than `max_active` of all entries are active.
     """
     _native.load()
-    if neuron.discrete and i is not None and neuron.syn_decay is not None:
-        i = neuron.syn_decay * i
+    if neuron.discrete and neuron.syn_decay is not None:
+        if i is not None:
+            i = neuron.syn_decay * i
+        elif shape[0] == 1 and torch.is_grad_enabled() and neuron.syn_decay.requires_grad:
+            i = neuron.syn_decay * neuron.mem_gain.detach().new_zeros(shape[1:])  # it has a gradient, of zeros
     for part in (inflow, None if recurrent is None or z is None else _from_spikes(z, recurrent)):
         if part is not None:
             i = part if i is None else i + part
@@ -89,6 +93,36 @@ def _from_spikes(z: Tensor, recurrent: Tensor) -> Tensor:
     return dense_of(exactly(torch.nn.functional.linear, z, recurrent))
 
 
+def run_lif_traced(
+    current: Tensor,  # [B, N]
+    neuron: LIF,
+    v: Tensor | None,  # [B, N]
+    i: Tensor | None,
+    inflow: Tensor | None,
+    spike_grad: surrogate.SpikeGrad,
+    b_th: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of a discrete neuron for torch.compile, in plain tensors: spikes, v and i, [B, N] each; i is [0] where
+    the neuron has none."""
+    if i is not None and neuron.syn_decay is not None:
+        i = neuron.syn_decay * i
+    if inflow is not None:
+        i = inflow if i is None else i + inflow
+    dense = math.isinf(b_th)
+    syn_decay = None if neuron.syn_decay is None else neuron.syn_decay.detach()
+    states = neuron.mem_gain, syn_decay, None, neuron.threshold, neuron.reset_to, v, i, None, None
+    keep_drive = torch.is_grad_enabled() and neuron.mem_gain.requires_grad
+    options = neuron.reset, True, True, b_th, dense, False, keep_drive, False, 1.0
+    out = LIFOutput(*lif(current.unsqueeze(0), *states, *options))
+    spikes = spike_grad(out.x)
+    if dense:
+        return spikes.squeeze(0), out.v_last, out.i_last
+    spikes = events_to_dense(
+        spikes, out.spike_ptr, out.spike_indices, None, out.active_ptr, out.active_indices, current.shape[1]
+    )
+    return spikes, out.v_last, out.i_last
+
+
 def run_li(
     current: Tensor | DeferredCurrent,  # T * B rows of N, of any shape
     shape: tuple[int, int, int],  # (T, B, N)
@@ -101,8 +135,8 @@ def run_li(
     """Run a leaky integrator: LIF with a threshold of 0 and no reset, whose x is v."""
     _native.load()
     zero = neuron.mem_gain.detach().new_zeros(())
-    lif = LIF(*neuron, threshold=zero, reset_to=zero, reset=NONE, detached=True)
-    out = _Arguments(current, shape, lif, v, i, None, keep_states).forward(math.inf, True, 1.0, None)
+    silent = LIF(*neuron, threshold=zero, reset_to=zero, reset=NONE, detached=True)
+    out = _Arguments(current, shape, silent, v, i, None, keep_states).forward(math.inf, True, 1.0, None)
     v_seq, synaptic = out.x, neuron.syn_decay is not None
     return LIResult(
         v_seq if v_seq.shape == current.shape else torch.ops.aten._unsafe_view(v_seq, current.shape),

@@ -5,6 +5,7 @@ Drawing and comparing are those of `test_ops.py`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -258,6 +259,9 @@ def make_neuron(neurons: int, batch: int, dtype: torch.dtype, recurrent: bool = 
     return Neuron(**(made | rest))
 
 
+DISCRETE: dict[str, Any] = {"discrete": True, "detached": True, "leak": None, "reset": RESETS["zero"]}
+
+
 @pytest.mark.parametrize("neurons", [1, 16, 33, 200, 300, 1000])
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_a_whole_layer_of_usual_size(neurons, recurrent):
@@ -357,13 +361,14 @@ def test_strided_arguments():
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize(("recurrent", "dense"), [(False, False), (False, True), (True, False)])
-def test_results_do_not_depend_on_threads(dtype, recurrent, dense):
+@pytest.mark.parametrize("rest", [{}, DISCRETE], ids=["", "discrete"])
+def test_results_do_not_depend_on_threads(dtype, recurrent, dense, rest):
     if not _native.available():
         pytest.skip("torch's own matrix products, which the twins use, depend on threads")
     steps, batch, inputs, neurons = 25, 40, 150, 330
     x = make_events(steps * batch, inputs, 0.05, 1, dtype, graded=True)
     weight = normal((neurons, inputs), 2, dtype, 0.8)
-    neuron = make_neuron(neurons, batch, dtype, recurrent, dense=dense)
+    neuron = make_neuron(neurons, batch, dtype, recurrent, dense=dense, **rest)
     ptr, where = make_active(steps * batch, inputs, 0.1, 5)
     needs = 255 if recurrent else 127
 
@@ -431,6 +436,9 @@ OPCHECKS = {
     "lif without parameters": lambda: (lif_ops.lif, arguments("lif", grad=False)),
     "lif dense": lambda: (lif_ops.lif, arguments("lif", dense=True, keep_states=True)),
     "lif recurrent": lambda: (lif_ops.lif, arguments("lif", recurrent=True)),
+    "lif discrete": lambda: (lif_ops.lif, arguments("lif", keep_states=True, **DISCRETE)),
+    "lif discrete dense": lambda: (lif_ops.lif, arguments("lif", dense=True, **DISCRETE)),
+    "linear_lif discrete": lambda: (linear_lif_ops.linear_lif, arguments("linear_lif", recurrent=True, **DISCRETE)),
     "lif recurrent dense": lambda: (lif_ops.lif, arguments("lif", recurrent=True, dense=True)),
     "linear_lif compact": lambda: (linear_lif_ops.linear_lif, arguments("linear_lif")),
     "linear_lif dense input": lambda: (linear_lif_ops.linear_lif, arguments("linear_lif", handle="dense")),
@@ -447,8 +455,8 @@ def test_opcheck(name):
 
 
 def test_opcheck_of_the_backwards():
-    for dense in (False, True):
-        neuron = make_neuron(6, 2, F64, dense=dense, recurrent=not dense)
+    for dense, rest in itertools.product((False, True), ({}, DISCRETE)):
+        neuron = make_neuron(6, 2, F64, dense=dense, recurrent=not dense, **rest)
         out = LIFOutput(*lif_ops.lif(normal((3, 2, 6), 1), *neuron, *Options(False, True, True)))
         needs = 255 - 128 * dense
         saved = lif_ops.saved_for_backward(out, neuron._replace(g=normal(out.x.shape, 2)), needs)

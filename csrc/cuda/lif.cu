@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kScanThreads) backward_kernel(const __grid_con
 // A block per sample: first what comes back through the recurrent weights, a warp per entry it is wanted at, then the
 // step of all neurons.
 template <typename T, bool DISCRETE>
-__global__ void __launch_bounds__(kBlockThreads, 4)  // to fit more, registers would be spilled
+__global__ void __launch_bounds__(kBlockThreads, DISCRETE ? 4 : 0)  // to fit more, registers would be spilled
     recurrent_backward_kernel(const __grid_constant__ LifBackwardScan<T> a) {
     const int64_t sample = blockIdx.x, words = words_of(a.neurons), step = a.batch * a.neurons;
     const int64_t first = sample * a.neurons;
