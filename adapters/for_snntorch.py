@@ -82,10 +82,10 @@ def lowest_threshold(module: Any) -> float:
 
 def forward_of(module: torch.nn.Module) -> Any:
     """The forward of an enabled neuron."""
-    return _leaky_forward if type(module) is Leaky else _synaptic_forward
+    return forward if type(module) is Leaky else forward_with_states
 
 
-def _leaky_forward(module: Any, input_: Any, mem: Any = None) -> Any:
+def forward(module: Any, input_: Any, mem: Any = None) -> Any:
     """An enabled `Leaky`'s forward."""
     if torch.compiler.is_compiling():
         return _compiled_forward(module, input_, mem)
@@ -117,7 +117,7 @@ def _wide(module: Any, input_: Any, mem: Any) -> tuple[Any, Any]:
     return autocasting.widened(input_), autocasting.widened(mem)
 
 
-def _synaptic_forward(module: Any, input_: Any, *args: Any, **kwargs: Any) -> Any:
+def forward_with_states(module: Any, input_: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of an enabled neuron with more state."""
     kind = KINDS[type(module)]
     given = _given(kind, args, kwargs)

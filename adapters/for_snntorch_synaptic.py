@@ -95,6 +95,8 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
         inflow = dense(module.recurrent(spk))
     state.begins |= begins
     result = run(state, kind, plan, input_, None, states["mem"], states.get("syn"), inflow=inflow)
+    if state.reason is None:
+        state.reason = plan.why_in_steps
     after = {"spk": result.spikes, "mem": shaped(result.v_last, shape)}
     if kind.synaptic:
         after["syn"] = shaped(result.i_last, shape)

@@ -72,7 +72,8 @@ def linear_synaptic(
         syn = alpha syn + I;  V = beta V + syn, with r = H(V - threshold) of the step before
         V - r threshold ("subtract"), (1 - r) V ("zero") or V ("none");  S = H(V - threshold)
 
-    snnTorch's Synaptic; without alpha there is no synaptic current, and with recurrent weights it is its RLeaky.
+    snnTorch's Synaptic; without alpha there is no synaptic current, and with recurrent weights it is its RLeaky. Here
+    "zero" clears all of V, the step's current included, where `linear_leaky` clears what is left of the step before.
 
     x, weight, bias: as in `linear_leaky`; beta, alpha, threshold: numbers or tensors of one or N entries; mem, syn:
     [B, N] before the first step, zeros if None; recurrent: [N, N] weights from the spikes of the step before, which are

@@ -21,6 +21,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils._pytree import tree_any, tree_map
 
+from sparse_backend.compiling import not_compiled
+
 #: torch functions that have a sparse form: function -> handler(*args, **kwargs), NotImplemented to go dense
 _handlers: dict[Any, Callable[..., Any]] = {}
 
@@ -52,16 +54,6 @@ def implements(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., 
 def dense(value: Any) -> Any:
     """`value` with every stand-in below it replaced by its dense tensor."""
     return tree_map(lambda leaf: leaf.to_dense() if isinstance(leaf, TensorLike) else leaf, value)
-
-
-def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which torch.compile does not trace, nor anything it calls: compiled code that meets a stand-in
-    breaks its graph there, and what it asks of it is answered as ever."""
-    dynamo: Any = torch._C._dynamo.eval_frame  # torch.compiler.disable would import all of dynamo
-    skip = dynamo._FrameAction.SKIP
-    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
 
 
 def learns_of(x: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from sparse_backend import autocasting
+from sparse_backend.compiling import not_compiled
 
 NAMESPACE = "sparse_backend"
 
@@ -82,6 +83,7 @@ def autograd(
         def backward(ctx: Any, *grads: Any) -> Any:
             return gradients_once(ctx, *grads) if torch.is_grad_enabled() else gradients(ctx, *grads)
 
+    @not_compiled  # compiled code runs this op, whose Python the compiler would look into
     def gradients(ctx: Any, *grads: Any) -> Any:
         seen, ctx.needs_input_grad = ctx.needs_input_grad, ctx.needs
         try:
@@ -101,6 +103,7 @@ def autograd(
                 return op(*args)
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
+    @not_compiled
     def run(keyset: Any, args: tuple[Any, ...], result: Any = None) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             rest: list[Any] = []

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sparse_backend import autocasting
+from sparse_backend.compiling import not_compiled
 from sparse_backend.events import EventTensor
-from sparse_backend.tensorlike import NOTHING, TensorLike, not_compiled, outside_saved_tensor_hooks
+from sparse_backend.tensorlike import NOTHING, TensorLike, outside_saved_tensor_hooks
 
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _grad_enabled = torch.is_grad_enabled
