@@ -595,8 +595,12 @@ def test_results_of_one_title_are_merged():
     here, other = render.merged([shd, there, fmnist])
     assert [result["case"]["name"] for result in here["cases"]] == ["fmnist", "shd", "conv"]
     assert other["title"] == "There" and len(other["where"]) == 1
-    assert [line.partition(":")[0] for line in here["where"]] == ["shd", "fmnist, conv"]
-    assert "commit one" in here["where"][0] and "commit two" in here["where"][1]
+    assert len(here["where"]) == 1  # one machine, at two commits
+    assert here["where"][0].endswith("; commit one: shd; commit two: fmnist, conv")
+    elsewhere = {**fmnist, "machine": {**fmnist["machine"], "cores": 99}}
+    (two,) = render.merged([shd, elsewhere])
+    assert [line.partition(":")[0] for line in two["where"]] == ["shd", "fmnist, conv"]
+    assert two["where"][0].endswith("; commit one") and two["where"][1].endswith("; commit two")
     text = render.markdown([shd, there, fmnist])
     assert text.count("## Here") == 1 and text.index("### fmnist") < text.index("### shd")
     with pytest.raises(ValueError, match="got shd in two"):

@@ -289,7 +289,7 @@ def _is_gpu(content: Mapping[str, Any]) -> bool:
 
 def merged(contents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Results of one title as one, at the place of the first: their cases in the registry's order; "failed", why those
-    that no file has measured were not; and "where", a line for each machine and state of the code with what it is of.
+    that no file has measured were not; and "where", a line for each machine with what it is of, at which commits.
     Raises ValueError if they share a case."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for content in contents:
@@ -301,24 +301,34 @@ def _merged(title: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     places = {name: place for place, name in enumerate([*CASES, *GPU_CASES])}
     cases: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    where: dict[str, list[str]] = {}
+    where: dict[str, dict[str, list[str]]] = {}  # machine -> commit -> cases
     for content in group:
         for result in content["cases"]:
             name = result["case"]["name"]
             if name in cases:
                 raise ValueError(f"{title}: expected each case in one file only, got {name} in two; remove one")
             cases[name] = result
-            where.setdefault(where_line(content), []).append(name)
+            where.setdefault(_machine(content), {}).setdefault(_commit(content), []).append(name)
     for content in group:
         for name, why in content.get("failed", {}).items():
             if name not in cases:
                 failed[name] = why
-                where.setdefault(where_line(content), []).append(name)
+                where.setdefault(_machine(content), {}).setdefault(_commit(content), []).append(name)
 
     def order(name: str) -> int:
         return places.get(name, len(places))
 
-    lines = [line if len(where) == 1 else f"{', '.join(sorted(of, key=order))}: {line}" for line, of in where.items()]
+    def listed(names: Sequence[str]) -> str:
+        return ", ".join(sorted(names, key=order))
+
+    lines = []
+    for machine, commits in where.items():
+        of = "" if len(where) == 1 else listed([name for names in commits.values() for name in names]) + ": "
+        if len(commits) == 1:
+            at = next(iter(commits))
+        else:
+            at = "; ".join(f"{commit or 'no commit'}: {listed(names)}" for commit, names in commits.items())
+        lines.append(of + "; ".join(filter(None, (machine, at))))
     return {
         "title": title,
         "where": lines,
@@ -335,6 +345,15 @@ def tally(results: Sequence[Mapping[str, Any]]) -> str:
 
 def where_line(content: Mapping[str, Any]) -> str:
     """Machine, versions, commit in one line."""
+    return "; ".join(filter(None, (_machine(content), _commit(content))))
+
+
+def _commit(content: Mapping[str, Any]) -> str:
+    return f"commit {content['commit']}" if content["commit"] else ""
+
+
+def _machine(content: Mapping[str, Any]) -> str:
+    """Machine and versions."""
     machine, versions = content["machine"], content["versions"]
     gpu = machine.get("gpu")
     parts = [
@@ -350,7 +369,6 @@ def where_line(content: Mapping[str, Any]) -> str:
         machine["system"],
         *(f"{name} {version}" for name, version in versions.items() if version),
         f"kernels: {content['kernels']['origin'] or content['kernels']['state']}",
-        f"commit {content['commit']}" if content["commit"] else None,
     ]
     return "; ".join(part for part in parts if part)
 
