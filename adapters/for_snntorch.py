@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparse_backend import autocasting, dynamics, policy, surrogate
-from sparse_backend.deferred import DeferredCurrent, WeightCache, unusual
+from sparse_backend.deferred import DeferredCurrent, unusual
 from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.execute import can_trace, run_leaky, run_leaky_traced
 from sparse_backend.execute_lif import run_lif_traced
@@ -30,7 +30,7 @@ from .for_snntorch_fused import record
 from .for_snntorch_plan import FLOATS, KINDS, Kind, Plan, make_plan, neuron_of, parts_of, prepare_to_trace, versions_of
 from .for_snntorch_synaptic import call_now
 from .for_snntorch_synaptic_fused import record as record_synaptic
-from .shared import count, goes_dense, own_forward, under_saved_tensor_hooks
+from .shared import count, goes_dense, own_forward, run_own_forward, taken, under_saved_tensor_hooks
 
 __all__ = [
     "CONTAINERS",
@@ -91,7 +91,7 @@ def forward(module: Any, input_: Any, mem: Any = None) -> Any:
         return _compiled_forward(module, input_, mem)
     state = module.__dict__[STATE]
     if autocasting.is_on():
-        input_, mem = _wide(module, input_, mem)
+        input_, mem = _wide(module, ("mem",), input_, mem)
     into = recorder.enclosing()
     if into is not None:
         recorded = record(into, module, state, input_, mem) if into.accepts() else None
@@ -105,16 +105,18 @@ def _patched_forward(state_for: Any, module: Any, input_: Any, mem: Any = None) 
     if torch.compiler.is_compiling():
         return _own_forward(module, input_, mem)
     if autocasting.is_on():
-        input_, mem = _wide(module, input_, mem)
+        input_, mem = _wide(module, ("mem",), input_, mem)
     return _forward(module, state_for(module), input_, mem)
 
 
-def _wide(module: Any, input_: Any, mem: Any) -> tuple[Any, Any]:
-    """A call's current and membrane in the precision of its parameters, where autocast has made them narrow."""
+def _wide(module: Any, states: tuple[str, ...], *call: Any) -> tuple[Any, ...]:
+    """What a call was given, and the states its module holds, in the precision of its parameters, where autocast has
+    made them narrow."""
     buffers = module._buffers
-    if "mem" in buffers:
-        buffers["mem"] = autocasting.widened(buffers["mem"])
-    return autocasting.widened(input_), autocasting.widened(mem)
+    for name in states:
+        if name in buffers:
+            buffers[name] = autocasting.widened(buffers[name])
+    return tuple(map(autocasting.widened, call))
 
 
 def forward_with_states(module: Any, input_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +129,7 @@ def forward_with_states(module: Any, input_: Any, *args: Any, **kwargs: Any) -> 
         return _compiled_synaptic(module, kind, input_, given)
     state = module.__dict__[STATE]
     if autocasting.is_on():
-        input_, given = _wide_states(module, kind, input_, given)
+        input_, *given = _wide(module, kind.states, input_, *given)
     into = recorder.enclosing()
     if into is not None:
         recorded = record_synaptic(into, module, kind, state, input_, given) if into.accepts() else None
@@ -143,7 +145,7 @@ def _patched_synaptic(state_for: Any, module: Any, input_: Any, *args: Any, **kw
     if torch.compiler.is_compiling() or given is None:
         return own_forward(module)(module, input_, *args, **kwargs)
     if autocasting.is_on():
-        input_, given = _wide_states(module, kind, input_, given)
+        input_, *given = _wide(module, kind.states, input_, *given)
     return call_now(module, kind, state_for(module), input_, given)
 
 
@@ -153,14 +155,6 @@ def _given(kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
     if n > len(kind.states) or any(name not in kind.states[n:] for name in kwargs):
         return None
     return *args, *(kwargs.get(name) for name in kind.states[n:])
-
-
-def _wide_states(module: Any, kind: Kind, input_: Any, given: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """A call's current and states in the precision of its parameters, where autocast has made them narrow."""
-    for name in kind.states:
-        if name in module._buffers:
-            module._buffers[name] = autocasting.widened(module._buffers[name])
-    return autocasting.widened(input_), tuple(map(autocasting.widened, given))
 
 
 #: modules that are not neurons but run better for them: class -> forward and state
@@ -174,19 +168,11 @@ PATCHED = {Leaky: _patched_forward, **dict.fromkeys(KINDS, _patched_synaptic)}
 
 
 def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
+    input_ = taken(state, input_)
     kind = type(input_)
-    if kind is DeferredCurrent and input_.is_deferred and len(input_.shape) == 2:
-        if state.weights is None:
-            state.weights = WeightCache()
-        input_.adopt(state.weights)
-        deferred = input_.is_deferred
-    else:
-        deferred = False
-    if not deferred:
-        if isinstance(input_, TensorLike):
-            input_ = input_.to_dense()
-        elif kind is not Tensor and kind is not Parameter:
-            return _framework(module, state, f"its current is a {kind.__name__}", input_, mem)
+    deferred = kind is DeferredCurrent
+    if not deferred and kind is not Tensor and kind is not Parameter:
+        return run_own_forward(module, state, f"its current is a {kind.__name__}", input_, mem)
 
     buffers = module._buffers
     before = buffers.get("mem") if mem is None else mem.to_dense() if isinstance(mem, TensorLike) else mem
@@ -194,7 +180,7 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     if reason is None and (type(before) is not Tensor and type(before) is not Parameter):
         reason = f"its membrane is a {type(before).__name__}"
     if reason is not None or (mem is not None and module.__dict__["init_hidden"]):
-        return _framework(module, state, reason, input_, mem)
+        return run_own_forward(module, state, reason, input_, mem)
 
     shape, dtype = input_.shape, input_.dtype
     fresh = state.last_mem is None or state.last_mem() is not before  # not what was handed out last: a sequence begins
@@ -219,7 +205,7 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
         elif start is not None and start.dtype is not dtype:
             reason = f"its membrane is {start.dtype}, its current {dtype}"
     if reason is not None:
-        return _framework(module, state, reason, input_, mem)
+        return run_own_forward(module, state, reason, input_, mem)
 
     neuron = neuron_of(plan)
     flat = plan.flat
@@ -256,18 +242,6 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     if module.__dict__["output"] or not module.__dict__["init_hidden"]:
         return spikes, after
     return spikes
-
-
-def _framework(module: Any, state: LayerState, reason: str | None, input_: Any, mem: Any) -> Any:
-    """snnTorch's own forward; `reason` is None where that is about to refuse the call."""
-    if reason is not None:
-        state.path, state.reason = "framework", reason
-        state.tally.framework_steps += 1
-    if isinstance(input_, TensorLike):
-        input_ = input_.to_dense()
-    if isinstance(mem, TensorLike):
-        mem = mem.to_dense()
-    return own_forward(module)(module, input_, mem)
 
 
 def _compiled_forward(module: Any, input_: Any, mem: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_backend import policy, surrogate
 from sparse_backend.convolution import DeferredConvolution
-from sparse_backend.deferred import DeferredCurrent, WeightCache, unusual
+from sparse_backend.deferred import DeferredCurrent, unusual
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute import run_leaky
 from sparse_backend.tensorlike import TensorLike, learns_of
@@ -19,7 +19,7 @@ from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watcha
 from sparse_backend.timefusion.sites import NeuronSite
 
 from .for_snntorch_plan import make_plan, neuron_of, parts_of, same_objects, versions_of
-from .shared import count, goes_dense, under_saved_tensor_hooks
+from .shared import count, goes_dense, taken, under_saved_tensor_hooks
 
 _ZEROS = object()  #: the state of a layer that begins
 
@@ -101,17 +101,19 @@ def _record_first(
     elif type(ref) is tuple and type(start) is tuple:
         site.input_spec, site.state_specs = input_.spec, (before.spec,)
         into.hold(state, site)
-    into.put_back[module] = functools.partial(_put_back, module, state)
+    into.put_back[module] = functools.partial(put_back, module, state, ("mem",))
     return site.add((ref,), (start,))
 
 
-def _put_back(module: Any, state: LayerState) -> None:
-    """Give a module its membrane as a tensor, zeros if it was never computed; a tensor it has been given stays."""
-    mem = module._buffers.get("mem")
-    if type(mem) is Placeholder:
-        values = mem.to_dense() if mem.has_value else torch.zeros(0, device=mem.device)
-        module._buffers["mem"] = values
-        state.last_mem = weakref.ref(values)
+def put_back(module: Any, state: LayerState, names: tuple[str, ...]) -> None:
+    """Give a module its states as tensors, zeros if they were never computed; a tensor it has been given stays."""
+    for name in names:
+        part = module._buffers.get(name)
+        if type(part) is Placeholder:
+            values = part.to_dense() if part.has_value else torch.zeros(0, device=part.device)
+            module._buffers[name] = values
+            if name == "mem":
+                state.last_mem = weakref.ref(values)
 
 
 def _site(into: Recording, state: LayerState, plan: Any) -> Any:
@@ -131,14 +133,7 @@ def _site(into: Recording, state: LayerState, plan: Any) -> Any:
 
 def _step(state: LayerState, plan: Any, current: Any, start: Any) -> tuple[Any, Tensor]:
     """One call alone, with the settings it was recorded under."""
-    reshaped = plan.shape != plan.flat
-    if type(current) is DeferredCurrent and not reshaped:
-        if state.weights is None:
-            state.weights = WeightCache()
-        current.adopt(state.weights)
-    if type(current) is not DeferredCurrent or reshaped or not current.is_deferred:
-        current = current.to_dense() if isinstance(current, TensorLike) else current
-    spikes, mem, _ = _run(state, plan, current, 1, start, False)
+    spikes, mem, _ = _run(state, plan, taken(state, current), 1, start, False)
     return spikes, mem
 
 

@@ -19,7 +19,7 @@ RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}  #
 ONE_TO_ONE = (rleaky.RecurrentOneToOne, rsynaptic.RecurrentOneToOne)
 #: parts of a recurrent connection that give the same twice
 REPEATABLE = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Sequential, torch.nn.Identity, *ONE_TO_ONE)
-MOST_ONE_TO_ONE = 1024  # neurons whose one-to-one connection runs as a matrix, 4 MB
+MOST_ONE_TO_ONE = 512  # neurons whose one-to-one connection runs as a matrix: measured, twice as many gain half
 METHODS = ("fire", "mem_reset", "_base_state_function", "_base_state_reset_zero", *RESETS)
 
 
@@ -183,10 +183,15 @@ def per_neuron(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor | 
         return None
 
 
+def as_now(part: Tensor) -> Tensor:
+    """A coefficient that does not learn as it is now: what is kept for the backward pass may be written to before."""
+    return part.clone() if torch.is_grad_enabled() and not part.requires_grad else part
+
+
 def neuron_of(plan: Plan) -> dynamics.Leaky:
     """The neuron of a plan, its learnable parts made from the parameters anew."""
     if plan.neuron is not None:
-        return plan.neuron
+        return plan.neuron._replace(beta=as_now(plan.neuron.beta), threshold=as_now(plan.neuron.threshold))
     assert plan.template is not None
     beta, threshold = (per_neuron(part, plan.shape, plan.dtype) for part in (plan.parts.beta, plan.parts.threshold))
     assert beta is not None and threshold is not None
@@ -194,7 +199,7 @@ def neuron_of(plan: Plan) -> dynamics.Leaky:
 
 
 def prepare_to_trace(module: Any, state: LayerState) -> None:
-    """What `_compiled_forward` may not find out while it is traced."""
+    """What the forward that torch.compile traces may not find out then."""
     known = surrogate.inspect(module.spike_grad)
     state.traced_for = module.spike_grad if known.problem is None else None
     state.traced_b_th = policy.resolve_b_th(state.b_th, module.spike_grad)
@@ -277,7 +282,7 @@ class SynapticPlan(NamedTuple):
     def neuron(self) -> dynamics.LIF:
         """Made from the parameters anew, so that they learn."""
         common, alpha = self.parts.common, self.parts.alpha
-        beta, threshold = self._fitting(common.beta), self._fitting(common.threshold)
+        beta, threshold = self._fitting(common.beta), as_now(self._fitting(common.threshold))
         alpha = None if alpha is None else self._fitting(alpha).clamp(0, 1)
         return dynamics.discrete(beta.clamp(0, 1), alpha, threshold, self.reset)
 
@@ -343,7 +348,7 @@ def make_synaptic_plan(
 
 def _why_not_as_discrete(module: Any, parts: Parts, reset: str) -> str | None:
     name = type(module).__name__
-    if not parts.reset_delay and (reset != "_base_int" or name == "RSynaptic"):
+    if not parts.reset_delay and (reset != "_base_int" or name == "RSynaptic"):  # which snnTorch runs only if given spk
         return f"reset_delay=False is not accelerated for {name}"
     if parts.graded.requires_grad or float(parts.graded) != 1:
         return f"graded_spikes_factor is not accelerated for {name}"
@@ -377,8 +382,12 @@ def _why_in_steps(parts: SynapticParts, shape: torch.Size, dtype: torch.dtype) -
         return f"its recurrent connection is a {type(recurrent).__name__}"
     if _has_hooks(recurrent):
         return "its recurrent connection has hooks"
-    if len(shape) != 2 or (weight.numel() != 1 and weight.shape[-1] != shape[-1]) or weight.dtype is not dtype:
-        return f"its recurrent weights are {list(weight.shape)} of {weight.dtype}, its current {list(shape)} of {dtype}"
+    if len(shape) != 2:
+        return f"its current {list(shape)} is not [B, N]"
+    if weight.numel() != 1 and weight.shape[-1] != shape[-1]:
+        return f"its recurrent weights are {list(weight.shape)}, its current {list(shape)}"
+    if weight.dtype is not dtype:
+        return f"its recurrent weights are {weight.dtype}, its current {dtype}"
     if type(recurrent) in ONE_TO_ONE and (weight.dim() > 1 or shape[-1] > MOST_ONE_TO_ONE):
         return f"its one-to-one connection of {shape[-1]} neurons, V {list(weight.shape)}, is not made a matrix"
     return None

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparse_backend import autocasting, policy
-from sparse_backend.deferred import DeferredCurrent, WeightCache, WeightHub, unusual
+from sparse_backend.deferred import DeferredCurrent, WeightHub, unusual
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute_lif import LIFResult, run_lif
-from sparse_backend.tensorlike import TensorLike, learns_of
+from sparse_backend.tensorlike import learns_of
 from sparse_backend.timefusion.sites import dense
 
 from .for_snntorch_plan import (
@@ -27,23 +27,15 @@ from .for_snntorch_plan import (
     synaptic_parts_of,
     synaptic_versions_of,
 )
-from .shared import count, goes_dense, own_forward, under_saved_tensor_hooks
+from .shared import count, goes_dense, run_own_forward, taken, under_saved_tensor_hooks
 
 
 def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tuple[Any, ...]) -> Any:
     """One call, on the engine or as snnTorch has it. given: the states it was given, None where it was not."""
     own, buffers = module.__dict__, module._buffers
-    deferred = type(input_) is DeferredCurrent and input_.is_deferred and len(input_.shape) == 2
-    if deferred:
-        if state.weights is None:
-            state.weights = WeightCache()
-        input_.adopt(state.weights)
-        deferred = input_.is_deferred
-    if not deferred:
-        if isinstance(input_, TensorLike):
-            input_ = input_.to_dense()
-        elif type(input_) is not Tensor and type(input_) is not Parameter:
-            return _framework(module, state, f"its current is a {type(input_).__name__}", input_, given)
+    input_ = taken(state, input_)
+    if type(input_) not in (DeferredCurrent, Tensor, Parameter):
+        return run_own_forward(module, state, f"its current is a {type(input_).__name__}", input_, *given)
     before = {name: buffers.get(name) if part is None else part for name, part in zip(kind.states, given, strict=True)}
     spk = before.pop("spk", None)  # events, as recurrent weights are best multiplied with
     before = {name: dense(part) for name, part in before.items()}
@@ -54,7 +46,7 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
     if reason is None and kind.recurrent and not isinstance(spk, Tensor):
         reason = f"its spk is a {type(spk).__name__}"
     if reason is not None or (own["init_hidden"] and any(part is not None for part in given)):
-        return _framework(module, state, reason, input_, given)
+        return run_own_forward(module, state, reason, input_, *given)
 
     shape, dtype = input_.shape, input_.dtype
     begins = state.last_mem is None or state.last_mem() is not before["mem"]  # not what was handed out last
@@ -81,12 +73,12 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
     if reason is None and parts.common.beta.device != input_.device:
         reason = "its beta is on another device than its current"
     if reason is not None:
-        return _framework(module, state, reason, input_, given)
+        return run_own_forward(module, state, reason, input_, *given)
 
     if kind.recurrent and type(parts.recurrent) in ONE_TO_ONE and spk.shape == shape:
         product = torch.promote_types(spk.dtype, plan.parts.weight.dtype)
         if product is not dtype:
-            return _framework(module, state, f"its spk times V is {product}, its current {dtype}", input_, given)
+            return run_own_forward(module, state, f"its spk times V is {product}, its current {dtype}", input_, *given)
 
     inflow = None
     if kind.recurrent:  # gathered over the steps, as the weights of a linear layer are
@@ -100,8 +92,6 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
     after = {"spk": result.spikes, "mem": shaped(result.v_last, shape)}
     if kind.synaptic:
         after["syn"] = shaped(result.i_last, shape)
-        if not (kind.recurrent or current_learns(plan, input_, states["syn"])):
-            after["syn"] = after["syn"].detach()
     state.last_mem = weakref.ref(after["mem"])
     for name in kind.states:
         if name in buffers:
@@ -163,7 +153,12 @@ def run(
         state, result, sizes[0], sizes[0] * sizes[1] * sizes[2], plan.b_th, plan.why_dense, plan.dtype.itemsize,
         in_time=steps is not None, asked_dense=asked_dense,
     )  # fmt: skip
-    return result
+    if not kind.synaptic or kind.recurrent or current_learns(plan, current, syn):
+        return result
+    return result._replace(
+        i_last=None if result.i_last is None else result.i_last.detach(),
+        i_seq=None if result.i_seq is None else result.i_seq.detach(),
+    )
 
 
 def _with_bias(current: Any, bias: Tensor) -> Any:
@@ -188,11 +183,3 @@ def shaped(x: Tensor, shape: torch.Size) -> Tensor:
 def current_learns(plan: SynapticPlan, *causes: Any) -> bool:
     """Whether a synaptic current that no spikes flow into has a gradient: the membrane is no cause of it."""
     return any(cause is not None and learns_of(cause) for cause in (*causes, plan.parts.alpha))
-
-
-def _framework(module: Any, state: LayerState, reason: str | None, input_: Any, given: tuple[Any, ...]) -> Any:
-    """snnTorch's own forward; `reason` is None where that is about to refuse the call."""
-    if reason is not None:
-        state.path, state.reason = "framework", reason
-        state.tally.framework_steps += 1
-    return own_forward(module)(module, *map(dense, (input_, *given)))

@@ -1,9 +1,8 @@
-"""The same neurons under time fusion: calls recorded, and a run of them executed as one sequence."""
+"""`Synaptic`, `RLeaky`, `RSynaptic` under time fusion: calls recorded, a run of them executed as one sequence."""
 
 from __future__ import annotations
 
 import functools
-import weakref
 from typing import Any
 
 import torch
@@ -11,12 +10,13 @@ from torch import Tensor
 
 from sparse_backend import autocasting, surrogate
 from sparse_backend.convolution import DeferredConvolution
-from sparse_backend.deferred import DeferredCurrent, WeightCache, is_finite, unusual
+from sparse_backend.deferred import DeferredCurrent, is_finite, unusual
 from sparse_backend.enabling import LayerState
 from sparse_backend.tensorlike import TensorLike, learns_of
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite, dense
 
+from .for_snntorch_fused import put_back
 from .for_snntorch_plan import (
     Kind,
     SynapticParts,
@@ -28,7 +28,7 @@ from .for_snntorch_plan import (
     synaptic_versions_of,
 )
 from .for_snntorch_synaptic import current_learns, handed_out, run, shaped
-from .shared import under_saved_tensor_hooks
+from .shared import taken, under_saved_tensor_hooks
 
 _ZEROS = object()  #: the state of a layer that begins
 
@@ -134,23 +134,12 @@ def _record_first(
     elif type(ref) is tuple and all([type(start) is tuple for start in starts]):
         site.input_spec, site.state_specs = input_.spec, tuple([part.spec for part in before])
         into.hold(state, site)
-    into.put_back[module] = functools.partial(_put_back, module, kind, state)
+    into.put_back[module] = functools.partial(put_back, module, state, kind.states)
     return site.add((ref,), tuple(starts))
 
 
 def _is_events(x: Any) -> bool:
     return isinstance(x, TensorLike) and type(x) is not Placeholder
-
-
-def _put_back(module: Any, kind: Kind, state: LayerState) -> None:
-    """Give a module its states as tensors, zeros if never computed; a tensor it has been given stays."""
-    for name in kind.states:
-        part = module._buffers.get(name)
-        if type(part) is Placeholder:
-            values = part.to_dense() if part.has_value else torch.zeros(0, device=part.device)
-            module._buffers[name] = values
-            if name == "mem":
-                state.last_mem = weakref.ref(values)
 
 
 def _site(into: Recording, kind: Kind, state: LayerState, plan: SynapticPlan) -> Any:
@@ -169,13 +158,7 @@ def _site(into: Recording, kind: Kind, state: LayerState, plan: SynapticPlan) ->
 
 def _step(kind: Kind, state: LayerState, plan: SynapticPlan, current: Any, *starts: Any) -> Any:
     """One call alone, with the settings it was recorded under."""
-    reshaped = plan.shape != plan.flat
-    if type(current) is DeferredCurrent and not reshaped:
-        if state.weights is None:
-            state.weights = WeightCache()
-        current.adopt(state.weights)
-    if type(current) is not DeferredCurrent or reshaped or not current.is_deferred:
-        current = dense(current)
+    current = taken(state, current)
     before = _before(kind, plan, current, starts)
     inflow = None
     if kind.recurrent:
@@ -185,8 +168,6 @@ def _step(kind: Kind, state: LayerState, plan: SynapticPlan, current: Any, *star
         inflow = dense(plan.parts.recurrent(spk))
     result = run(state, kind, plan, current, None, before["mem"], before.get("syn"), inflow=inflow)
     last = {"spk": result.spikes, "mem": result.v_last, "syn": result.i_last}
-    if kind.synaptic and not (kind.recurrent or current_learns(plan, current, before["syn"])):
-        last["syn"] = result.i_last.detach()  # type: ignore[union-attr]
     return [last["spk"], *(shaped(last[name], plan.shape) for name in kind.outputs[1:])]
 
 
@@ -204,9 +185,6 @@ def _sequence(
     )  # fmt: skip
     sequences = {"mem": result.v_seq, "syn": result.i_seq}
     last = {"mem": result.v_last, "syn": result.i_last}
-    if kind.synaptic and not (kind.recurrent or current_learns(plan, current, before["syn"])):
-        sequences["syn"] = None if result.i_seq is None else result.i_seq.detach()
-        last["syn"] = result.i_last.detach()  # type: ignore[union-attr]
     names, whole = kind.outputs[1:], (steps, *shape)
     kept = [None if sequences[name] is None else sequences[name].view(whole) for name in names]  # type: ignore[union-attr]
     return [result.spikes, *kept], [None, *(shaped(last[name], shape) for name in names)]  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from sparse_backend.tensorlike import TensorLike
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.functions import record_convolution
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, use
-from sparse_backend.timefusion.sites import LinearSite, once
+from sparse_backend.timefusion.sites import LinearSite, dense, once
 
 _FLOATS = (torch.float32, torch.float64)
 _SKIP_FIRST, _SKIP_MOST = 16, 1024
@@ -34,6 +34,25 @@ def own_forward(module: Any) -> Any:
     """The framework's own forward of a module's class, as a plain function."""
     function = type(module).forward
     return getattr(function, "__wrapped__", function)
+
+
+def taken(state: LayerState, current: Any) -> Any:
+    """The current of one call as a neuron takes it: deferred, the weight's hub kept by the layer, or a tensor."""
+    if type(current) is DeferredCurrent and current.is_deferred and len(current.shape) == 2:
+        if state.weights is None:
+            state.weights = WeightCache()
+        current.adopt(state.weights)
+        if current.is_deferred:
+            return current
+    return current.to_dense() if isinstance(current, TensorLike) else current
+
+
+def run_own_forward(module: Any, state: LayerState, reason: str | None, input_: Any, *states: Any) -> Any:
+    """The framework's own forward of one step; `reason` is None where that is about to refuse the call."""
+    if reason is not None:
+        state.path, state.reason = "framework", reason
+        state.tally.framework_steps += 1
+    return own_forward(module)(module, *map(dense, (input_, *states)))
 
 
 class NoState:

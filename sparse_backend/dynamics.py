@@ -40,7 +40,7 @@ class LIF(NamedTuple):
     leak: Tensor | None  #: None: nothing leaks, u = v + mem_gain inflow, Norse's IAF
     threshold: Tensor
     reset_to: Tensor  #: read by VALUE alone
-    reset: int = VALUE  #: VALUE (v = reset_to), SUBTRACT (v = u - threshold) or NONE
+    reset: int = VALUE  #: VALUE (v = reset_to), SUBTRACT (v = u - threshold) or NONE; of discrete ones ZERO too
     detached: bool = False  #: no gradient flows through the spike in the reset
     discrete: bool = False  #: other equations, and another meaning of mem_gain, reset and i: see `discrete`
 

@@ -29,7 +29,7 @@ class Result(NamedTuple):
     mem_seq: Tensor | None  #: [T, B, N] where asked for
     n_active: int | None  #: None where nobody has counted
     n_spikes: int | None
-    kept: int  #: bytes this layer keeps for the backward pass: see `report.py`
+    kept: int  #: bytes this layer keeps for the backward pass: see `reporting.py`
     x: Tensor | None = None  #: [T, B, N] V - threshold in the dense regime, None in the sparse one
 
 

@@ -32,7 +32,7 @@ class LIFResult(NamedTuple):
     i_seq: Tensor | None  #: [T, B, N] where `keep_states` and the neuron has one
     n_active: int | None  #: None where nobody has counted
     n_spikes: int | None
-    kept: int  #: bytes this layer keeps for the backward pass: see `report.py`
+    kept: int  #: bytes this layer keeps for the backward pass: see `reporting.py`
     x: Tensor | None = None  #: [T, B, N] u - threshold in the dense regime, None in the sparse one
 
 

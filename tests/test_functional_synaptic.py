@@ -496,3 +496,22 @@ def test_wrong_arguments_are_named(change, error, message):
     functional.linear_synaptic(X, W, **GOOD)
     with pytest.raises(error, match=message):
         functional.linear_synaptic(**arguments)
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_an_infinite_current_is_nan_after_a_reset_to_zero(recurrent):
+    """snnTorch subtracts what is reset, times 0 or 1, from the membrane: NaN where that is infinite."""
+    current = torch.full((3, 1, 20), 0.1, dtype=torch.float64)
+    current[1, 0, 7] = INF
+    neuron = snn.RLeaky(0.9, linear_features=20, reset_mechanism="zero", spike_grad=fast_sigmoid())
+    nn.init.zeros_(neuron.double().recurrent.weight), nn.init.zeros_(neuron.recurrent.bias)
+    theirs, (spk, mem) = [], neuron.reset_mem()
+    for step in current:
+        spk, mem = neuron(step, spk, mem)
+        theirs.append(mem)
+    weight = neuron.recurrent.weight if recurrent else None
+    ours = functional.synaptic(
+        current, beta=0.9, reset="zero", spike_grad=fast_sigmoid(), b_th=0.3, recurrent=weight, return_states=True
+    )
+    assert torch.stack(theirs).isnan().sum() == 2
+    torch.testing.assert_close(ours.mem, torch.stack(theirs).detach(), equal_nan=True)

@@ -1935,3 +1935,46 @@ def test_an_exception_inside_the_loop_leaves_the_model_usable(few, kind):
             broken[0] = False
         assert_same_outcome(outcome(ours, lambda net: net(frames())), outcome(theirs, lambda net: net(frames())))
     assert edge.is_clear()
+
+
+# Coefficients that are no parameters and change while the model runs.
+
+
+class Homeostatic(nn.Module):
+    """Its threshold follows its activity, and its decay sinks."""
+
+    def __init__(self, kind: str, spike_grad: Any) -> None:
+        super().__init__()
+        self.kind, self.fc = kind, nn.Linear(INPUTS, 10)
+        rest: dict[str, Any] = {"threshold": torch.full((10,), 0.5), "spike_grad": spike_grad}
+        self.lif = {
+            "Leaky": lambda: snn.Leaky(0.9, **rest),
+            "Leaky, zero": lambda: snn.Leaky(0.9, reset_mechanism="zero", **rest),
+            "Synaptic": lambda: snn.Synaptic(0.8, 0.9, **rest),
+            "RLeaky": lambda: snn.RLeaky(0.9, linear_features=10, **rest),
+        }[kind]()
+        random = generator(7)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.data = torch.randn(layer.weight.shape, generator=random, dtype=F64)
+                layer.bias.data = torch.randn(layer.bias.shape, generator=random, dtype=F64) / 10
+        self.double()
+
+    def forward(self, x: Any) -> Any:
+        lif = self.lif
+        lif.threshold.fill_(0.5), lif.beta.fill_(0.9)
+        states, out = lif.reset_mem(), []
+        for step in x:
+            spk, *states = lif(self.fc(step), *(states if isinstance(states, (list, tuple)) else (states,)))
+            states = [spk, *states] if self.kind == "RLeaky" else states
+            lif.threshold.add_(0.05 * spk.detach().mean())
+            lif.beta.mul_(0.99)
+            out.append(spk)
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("way", MOST_WAYS.values(), ids=MOST_WAYS)
+@pytest.mark.parametrize("neuron", ["Leaky", "Leaky, zero", "Synaptic", "RLeaky"])
+def test_thresholds_and_decays_that_follow_the_activity(way: Way, neuron: str) -> None:
+    x = spikes((STEPS, BATCH, INPUTS), 0.4, 3).double()
+    assert_equal_runs(lambda grad: Homeostatic(neuron, grad), lambda net: net(x), way, runs=2)

@@ -38,7 +38,7 @@ __device__ __forceinline__ Step<T> step_of(const LifForwardScan<T>& a, const Coe
         s.drive = v;
         v = c.mem_gain * v + s.inflow;
         if (a.reset == kSubtract && r) v -= c.threshold;
-        if (a.reset == kZero && r) v -= v;  // not 0: what is not finite stays so
+        if (a.reset == kZero) v = v - (r ? T(1) : T(0)) * v;  // NaN if infinite, as snnTorch has it
     } else {
         s.drive = a.leak.data != nullptr ? (c.leak - v) + s.inflow : s.inflow;
         v = v + c.mem_gain * s.drive;

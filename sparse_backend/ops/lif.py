@@ -30,9 +30,7 @@ class LIFOutput(NamedTuple):
 
     x: Tensor  #: [n_active] u - threshold at the active entries, or [T, B, N] where `dense`; differentiable
     v_last: Tensor  #: [B, N] membrane after the last step; differentiable, as are the next three
-    i_last: (
-        Tensor  #: [B, N] synaptic current after the last step, where there is one; `discrete`: its inflow, not decayed
-    )
+    i_last: Tensor  #: [B, N] synaptic current after the last step, where there is one
     v_seq: Tensor  #: [T, B, N] where `keep_states`
     i_seq: Tensor  #: [T, B, N] where `keep_states` and there is a synaptic current
     spike_ptr: Tensor  #: [R + 1] int32; [0] where `dense`, unless there are recurrent weights

@@ -4,6 +4,14 @@
     drive[t]  = (leak - v[t-1]) + inflow[t]         u[t] = v[t-1] + mem_gain drive[t]
     S[t]      = H(u[t] - threshold)                 v[t] = u[t] after the reset
 
+Where `discrete`, snnTorch's neurons: mem_gain is the decay of v, r[t] = H(v[t-1] - threshold) is detached, and
+
+    inflow[t] = i[t-1] + I[t]                       i[t] = syn_decay inflow[t]
+    drive[t]  = v[t-1]                              u[t] = v[t] = mem_gain drive[t] + inflow[t], if not r[t]
+                                                    u[t] - threshold (SUBTRACT) or 0 (ZERO) if r[t]
+
+where the i that is handed out, i_last and i_seq, is the inflow, before it decays; the one given has decayed.
+
 Everything is dense here and compressed at the end; the kernels never make the dense tensors.
 """
 
@@ -61,7 +69,7 @@ def lif(
             if reset == SUBTRACT:
                 v = v - resets * threshold
             elif reset == ZERO:
-                v = v - torch.where(resets, v, 0)
+                v = v - resets.to(v.dtype) * v  # NaN where v is infinite, as snnTorch has it
         else:
             drive = inflow if leak is None else (leak - v) + inflow
             v = v + mem_gain * drive

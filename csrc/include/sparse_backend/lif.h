@@ -106,7 +106,8 @@ void lif_forward_block(const LifForward<T>& a, const Block& block, int32_t* n_sp
                         const typename V::Mask r = v - threshold > zero;
                         v = V::load(gains + j) * v + inflow;
                         if constexpr (RESET == kSubtract) v = v - V::where(r, threshold);
-                        if constexpr (RESET == kZero) v = v - V::where(r, v);
+                        if constexpr (RESET == kZero)
+                            v = v - V::where(r, one) * v;  // NaN if infinite, as snnTorch has it
                     } else {
                         drive = a.leaks ? (V::load(leaks + j) - v) + inflow : inflow;
                         v = v + V::load(gains + j) * drive;
