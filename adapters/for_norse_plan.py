@@ -253,7 +253,8 @@ def _make_neuron(kind: Kind, parts: Parts, tail: torch.Size, dtype: torch.dtype,
         if part is None:
             of = f"{list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise _UnsupportedError(f"its {name} is {of}, not one number, or one per neuron of {list(tail)}")
-        return part
+        given = isinstance(value, Tensor) and not part.requires_grad
+        return part.clone() if given else part  # what is kept for the backward pass may be written to before
 
     mem_gain, leak = torch.ones((), dtype=dtype, device=device), None
     if kind.leaks:

@@ -1311,3 +1311,37 @@ def test_check_compares_with_norses_own_code():
     sparse_backend.enable(net, b_th=0.05)
     assert max(g.relative_error for g in sparse_backend.check(net, x, lambda out: out[0].sum()).gradients) > 0.01
     assert enabling.is_enabled(net)
+
+
+@pytest.mark.parametrize("fuse_time", [True, False])
+@pytest.mark.parametrize("tau", [torch.tensor(500.0), nn.Parameter(torch.tensor(500.0))], ids=["", "learnable"])
+def test_a_threshold_that_follows_the_activity(fuse_time, tau):
+    """A coefficient that does not learn may be written to before the backward pass, as in stock."""
+
+    class Homeostatic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 6)
+            self.fc.weight = nn.Parameter(normal((6, 8), 1, F64) + 0.2)
+            nn.init.zeros_(self.fc.double().bias)
+            self.p = lif(tau_mem_inv=tau, v_th=torch.full((6,), 0.2, dtype=F64))
+            self.cell = norse.LIFCell(self.p)
+
+        def forward(self, x):
+            state, out = None, []
+            for step in x:
+                z, state = self.cell(self.fc(step), state)
+                self.p.v_th.add_(0.05 * z.detach().mean())
+                out.append(z)
+            return torch.stack(out)
+
+    stock, ours = Homeostatic(), sparse_backend.enable(Homeostatic(), b_th=INF, fuse_time=fuse_time)
+    x = spikes((6, 3, 8), 0.4, 3).double()
+    results = []
+    for net in (stock, ours):
+        out = net(x)
+        assert 0 < float(out.sum()) < out.numel()
+        (out * normal(out.shape, 5)).sum().backward()
+        results.append((as_tensor(out).detach(), net.fc.weight.grad, net.p.v_th.clone()))
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other)
