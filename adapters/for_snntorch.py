@@ -27,7 +27,18 @@ from sparse_backend.tensorlike import TensorLike
 from sparse_backend.timefusion import recorder
 
 from .for_snntorch_fused import record
-from .for_snntorch_plan import FLOATS, KINDS, Kind, Plan, make_plan, neuron_of, parts_of, prepare_to_trace, versions_of
+from .for_snntorch_plan import (
+    FLOATS,
+    KINDS,
+    Kind,
+    Plan,
+    looks_again,
+    make_plan,
+    neuron_of,
+    parts_of,
+    prepare_to_trace,
+    versions_of,
+)
 from .for_snntorch_synaptic import call_now
 from .for_snntorch_synaptic_fused import record as record_synaptic
 from .shared import count, goes_dense, own_forward, run_own_forward, taken, under_saved_tensor_hooks
@@ -188,7 +199,7 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     plan: Plan | None = state.plan
     if (
         plan is None
-        or fresh
+        or (fresh and looks_again(input_.device))
         or plan.shape != shape
         or plan.dtype is not dtype
         or any(map(operator.is_not, parts, plan.parts))

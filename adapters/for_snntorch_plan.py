@@ -23,6 +23,12 @@ MOST_ONE_TO_ONE = 512  # neurons whose one-to-one connection runs as a matrix: m
 METHODS = ("fire", "mem_reset", "_base_state_function", "_base_state_reset_zero", *RESETS)
 
 
+def looks_again(device: torch.device) -> bool:
+    """Whether a plan is made anew where a sequence begins, to see what was written through `.data`, which bumps no
+    version: not where reading a number waits for the device."""
+    return device.type == "cpu"
+
+
 class Parts(NamedTuple):
     """Everything a user may change between calls that a plan depends on."""
 
@@ -106,7 +112,8 @@ def make_plan(module: Any, state: LayerState, parts: Parts, shape: torch.Size, d
             as_it_is = beta is parts.beta and threshold is parts.threshold
             if bool(((beta >= 0) & (beta <= 1)).all()):
                 neuron = template if as_it_is else None
-            if neuron is None and not (beta.requires_grad or threshold.requires_grad):
+            keeps = looks_again(beta.device) and not (beta.requires_grad or threshold.requires_grad)
+            if neuron is None and keeps:
                 neuron = template._replace(beta=beta.clamp(0, 1))
             b_th, why_dense = _band(state, parts, threshold)
     return Plan(parts, versions_of(parts), shape, dtype, reason, _flat(shape), neuron, template, b_th, why_dense)
@@ -195,7 +202,7 @@ def neuron_of(plan: Plan) -> dynamics.Leaky:
     assert plan.template is not None
     beta, threshold = (per_neuron(part, plan.shape, plan.dtype) for part in (plan.parts.beta, plan.parts.threshold))
     assert beta is not None and threshold is not None
-    return plan.template._replace(beta=beta.clamp(0, 1), threshold=threshold)
+    return plan.template._replace(beta=beta.clamp(0, 1), threshold=as_now(threshold))
 
 
 def prepare_to_trace(module: Any, state: LayerState) -> None:

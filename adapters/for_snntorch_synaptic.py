@@ -23,6 +23,7 @@ from .for_snntorch_plan import (
     ONE_TO_ONE,
     Kind,
     SynapticPlan,
+    looks_again,
     make_synaptic_plan,
     synaptic_parts_of,
     synaptic_versions_of,
@@ -53,7 +54,7 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
     parts, plan = synaptic_parts_of(module, kind), state.plan
     if (
         plan is None
-        or begins
+        or (begins and looks_again(input_.device))
         or plan.shape != shape
         or plan.dtype is not dtype
         or parts.differ(plan.parts)

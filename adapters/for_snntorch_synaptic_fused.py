@@ -22,6 +22,7 @@ from .for_snntorch_plan import (
     SynapticParts,
     SynapticPlan,
     connection_of,
+    looks_again,
     make_synaptic_plan,
     same_objects,
     synaptic_parts_of,
@@ -88,7 +89,7 @@ def _record_first(
     plan: SynapticPlan | None = state.plan
     if (
         plan is None
-        or module not in into.put_back  # the first call of a forward looks at everything
+        or (module not in into.put_back and looks_again(device))
         or plan.shape != shape
         or plan.dtype is not dtype
         or parts.differ(plan.parts)

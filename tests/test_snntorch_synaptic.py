@@ -1946,6 +1946,7 @@ class Homeostatic(nn.Module):
     def __init__(self, kind: str, spike_grad: Any) -> None:
         super().__init__()
         self.kind, self.fc = kind, nn.Linear(INPUTS, 10)
+        self.at_first: list[Any] = [0.5, 0.9]  # threshold and beta of each forward's first step, None: as they are
         rest: dict[str, Any] = {"threshold": torch.full((10,), 0.5), "spike_grad": spike_grad}
         self.lif = {
             "Leaky": lambda: snn.Leaky(0.9, **rest),
@@ -1962,7 +1963,9 @@ class Homeostatic(nn.Module):
 
     def forward(self, x: Any) -> Any:
         lif = self.lif
-        lif.threshold.fill_(0.5), lif.beta.fill_(0.9)
+        for part, value in zip((lif.threshold, lif.beta), self.at_first, strict=True):
+            if value is not None:
+                part.fill_(value)
         states, out = lif.reset_mem(), []
         for step in x:
             spk, *states = lif(self.fc(step), *(states if isinstance(states, (list, tuple)) else (states,)))
@@ -1978,3 +1981,25 @@ class Homeostatic(nn.Module):
 def test_thresholds_and_decays_that_follow_the_activity(way: Way, neuron: str) -> None:
     x = spikes((STEPS, BATCH, INPUTS), 0.4, 3).double()
     assert_equal_runs(lambda grad: Homeostatic(neuron, grad), lambda net: net(x), way, runs=2)
+
+
+@pytest.mark.parametrize("way", MOST_WAYS.values(), ids=MOST_WAYS)
+@pytest.mark.parametrize("neuron", ["Leaky", "Leaky, zero", "Synaptic", "RLeaky"])
+def test_coefficients_written_between_forwards_where_nobody_looks_again(monkeypatch, way: Way, neuron: str) -> None:
+    """As on a GPU: what bumps a version, or is another tensor, is seen all the same; so is a value set by `.data`."""
+    for name in ("for_snntorch", "for_snntorch_fused", "for_snntorch_plan", "for_snntorch_synaptic"):
+        monkeypatch.setattr(f"sparse_backend.adapters.{name}.looks_again", lambda device: False)
+    monkeypatch.setattr("sparse_backend.adapters.for_snntorch_synaptic_fused.looks_again", lambda device: False)
+    x = spikes((STEPS, BATCH, INPUTS), 0.4, 3).double()
+
+    def go(net: Any) -> Any:
+        out = [net(x)]
+        net.at_first = [0.4, 1.5]
+        out.append(net(x))
+        net.lif.beta.data = torch.full_like(net.lif.beta, 0.6)
+        net.at_first = [0.3, None]
+        out.append(net(x))
+        net.at_first = [0.5, 0.9]
+        return out
+
+    assert_equal_runs(lambda grad: Homeostatic(neuron, grad), go, way, runs=2)
