@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparse_backend import autocasting, policy
-from sparse_backend.deferred import DeferredCurrent, WeightCache, unusual
+from sparse_backend.deferred import DeferredCurrent, WeightCache, is_finite, unusual
 from sparse_backend.enabling import LayerState
 from sparse_backend.events import EventTensor
 from sparse_backend.execute_lif import LIFResult, LIResult, run_li, run_lif
@@ -179,7 +179,8 @@ def prepare(module: Any, layer: LayerState, kind: Kind, input_: Any, state: Any,
     known = shape, current.dtype, current.device, type(current) is DeferredCurrent and current.is_deferred
     plan: Plan | None = layer.plan
     begins = layer.last_mem is None or layer.last_mem() is not before.v  # not what was handed out last
-    if begins or plan is None or not plan.is_for(parts, *known):
+    again = begins and policy.reads_at_once(current.device)
+    if again or plan is None or not plan.is_for(parts, *known):
         plan = layer.plan = make_plan(layer, kind, parts, *known)
     if plan.why_framework is not None:
         return plan.why_framework
@@ -241,7 +242,7 @@ def why_not_recurrent(weight: Any, shape: torch.Size, current: Any, in_time: boo
         return f"its recurrent weights are not of {current.dtype} on {current.device}"
     if weight.shape != (shape[-1], shape[-1]):
         return f"its recurrent weights are {list(weight.shape)}, its current {list(shape)}"
-    if in_time and not math.isfinite(float(weight.detach().sum())):
+    if in_time and not is_finite(weight):
         return "its recurrent weights are not finite, and their products with zeros count"
     return None
 

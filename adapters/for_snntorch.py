@@ -32,7 +32,6 @@ from .for_snntorch_plan import (
     KINDS,
     Kind,
     Plan,
-    looks_again,
     make_plan,
     neuron_of,
     parts_of,
@@ -199,7 +198,7 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     plan: Plan | None = state.plan
     if (
         plan is None
-        or (fresh and looks_again(input_.device))
+        or (fresh and policy.reads_at_once(input_.device))
         or plan.shape != shape
         or plan.dtype is not dtype
         or any(map(operator.is_not, parts, plan.parts))

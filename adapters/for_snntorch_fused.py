@@ -18,7 +18,7 @@ from sparse_backend.tensorlike import TensorLike, learns_of
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite
 
-from .for_snntorch_plan import looks_again, make_plan, neuron_of, parts_of, same_objects, versions_of
+from .for_snntorch_plan import make_plan, neuron_of, parts_of, same_objects, versions_of
 from .shared import count, goes_dense, taken, under_saved_tensor_hooks
 
 _ZEROS = object()  #: the state of a layer that begins
@@ -68,7 +68,7 @@ def _record_first(
     plan = state.plan
     if (
         plan is None
-        or (module not in into.put_back and looks_again(input_.device))
+        or (module not in into.put_back and policy.reads_at_once(input_.device))
         or plan.shape != shape
         or plan.dtype is not dtype
         or not same_objects(own, buffers, module._parameters, module._modules, plan.parts)

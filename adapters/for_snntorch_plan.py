@@ -23,12 +23,6 @@ MOST_ONE_TO_ONE = 512  # neurons whose one-to-one connection runs as a matrix: m
 METHODS = ("fire", "mem_reset", "_base_state_function", "_base_state_reset_zero", *RESETS)
 
 
-def looks_again(device: torch.device) -> bool:
-    """Whether a plan is made anew where a sequence begins, to see what was written through `.data`, which bumps no
-    version: not where reading a number waits for the device."""
-    return device.type == "cpu"
-
-
 class Parts(NamedTuple):
     """Everything a user may change between calls that a plan depends on."""
 
@@ -112,7 +106,7 @@ def make_plan(module: Any, state: LayerState, parts: Parts, shape: torch.Size, d
             as_it_is = beta is parts.beta and threshold is parts.threshold
             if bool(((beta >= 0) & (beta <= 1)).all()):
                 neuron = template if as_it_is else None
-            keeps = looks_again(beta.device) and not (beta.requires_grad or threshold.requires_grad)
+            keeps = policy.reads_at_once(beta.device) and not (beta.requires_grad or threshold.requires_grad)
             if neuron is None and keeps:
                 neuron = template._replace(beta=beta.clamp(0, 1))
             b_th, why_dense = _band(state, parts, threshold)

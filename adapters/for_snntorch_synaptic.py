@@ -23,7 +23,6 @@ from .for_snntorch_plan import (
     ONE_TO_ONE,
     Kind,
     SynapticPlan,
-    looks_again,
     make_synaptic_plan,
     synaptic_parts_of,
     synaptic_versions_of,
@@ -54,7 +53,7 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
     parts, plan = synaptic_parts_of(module, kind), state.plan
     if (
         plan is None
-        or (begins and looks_again(input_.device))
+        or (begins and policy.reads_at_once(input_.device))
         or plan.shape != shape
         or plan.dtype is not dtype
         or parts.differ(plan.parts)

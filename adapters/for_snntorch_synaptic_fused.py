@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_backend import autocasting, surrogate
+from sparse_backend import autocasting, policy, surrogate
 from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent, is_finite, unusual
 from sparse_backend.enabling import LayerState
@@ -22,7 +22,6 @@ from .for_snntorch_plan import (
     SynapticParts,
     SynapticPlan,
     connection_of,
-    looks_again,
     make_synaptic_plan,
     same_objects,
     synaptic_parts_of,
@@ -89,7 +88,7 @@ def _record_first(
     plan: SynapticPlan | None = state.plan
     if (
         plan is None
-        or (module not in into.put_back and looks_again(device))
+        or (module not in into.put_back and policy.reads_at_once(device))
         or plan.shape != shape
         or plan.dtype is not dtype
         or parts.differ(plan.parts)

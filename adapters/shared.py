@@ -88,21 +88,29 @@ def count(
         layer.path, layer.reason = f"sparse {form}", None
         layer.dense_next = layer.DENSE_STEPS_FIRST
         tally.sparse_steps += steps
-        tally.active += result.n_active
-        tally.spikes += result.n_spikes
-        tally.counted += entries
+        tally.add(result.n_active, result.n_spikes, entries)
         return
     layer.path, layer.reason = f"dense {form}", why_dense
     if layer.reason is None:
         layer.reason = "b_th is infinite" if math.isinf(b_th) else policy.why_active(result.x.device)
     if not (asked_dense or math.isinf(b_th)):
         layer.went_dense()
-    if steps > 1 or tally.dense_steps % layer.COUNT_DENSE_EVERY == 0:
+    if (steps > 1 or tally.dense_steps % layer.COUNT_DENSE_EVERY == 0) and not _is_captured(result.x):
         x = result.x[:, :: max(1, entries // layer.COUNT_DENSE_MOST)]
-        tally.active += x.numel() if math.isinf(b_th) else int((x.abs() < b_th).sum())
-        tally.spikes += int((x > 0).sum())
-        tally.counted += x.numel()
+        active = x.numel() if math.isinf(b_th) else _number(x.abs() < b_th)
+        tally.add(active, _number(x > 0), x.numel())
     tally.dense_steps += steps
+
+
+def _number(mask: Tensor) -> int | Tensor:
+    """How many are true; a tensor where reading it would wait for the device."""
+    total = mask.sum()
+    return int(total) if policy.reads_at_once(total.device) else total
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is recording, which has no numbers yet."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def goes_dense(layer: LayerState) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_backend import _native, policy, surrogate
 from sparse_backend.timefusion.forward import FusionState, fused_forward
@@ -46,13 +46,27 @@ class Tally:
 
     def reset(self) -> None:
         self.sparse_steps = self.dense_steps = self.framework_steps = self.entries = 0
-        self.active = self.spikes = self.counted = 0  #: out of the `counted` entries; the dense regime looks at some
+        #: out of the `counted` entries; the dense regime looks at some, and on a GPU leaves the numbers there
+        self.active: int | Tensor = 0
+        self.spikes: int | Tensor = 0
+        self.counted = 0
         self.kept = self.dense_kept = 0  #: bytes
         self.at_once = 0  #: most steps that ran as one sequence
+
+    def add(self, active: int | Tensor, spikes: int | Tensor, counted: int) -> None:
+        """So many of `counted` entries, as numbers or as tensors that nobody waits for."""
+        self.active, self.spikes = _sum(self.active, active), _sum(self.spikes, spikes)
+        self.counted += counted
 
     def copy_from(self, other: Tally) -> None:
         for name in self.__slots__:
             setattr(self, name, getattr(other, name))
+
+
+def _sum(total: int | Tensor, more: int | Tensor) -> int | Tensor:
+    if isinstance(total, Tensor) and isinstance(more, Tensor) and total.device != more.device:
+        total = int(total)
+    return total + more
 
 
 class LayerState:

@@ -89,6 +89,12 @@ def why_broad(b_th: float) -> str:
     return f"{share} needs the band |V - threshold| < {b_th:.3g}, in which neurons at rest lie too"
 
 
+def reads_at_once(device: torch.device) -> bool:
+    """Whether a number is there as soon as it is asked for. Where reading one waits for the device, plans are not made
+    anew to see what was written through `.data`, which bumps no version, and counts stay where they are."""
+    return device.type == "cpu"
+
+
 def max_active(device: torch.device) -> float:
     """Above which fraction of active entries a layer runs densely there."""
     return MAX_ACTIVE_CUDA if device.type == "cuda" else MAX_ACTIVE

@@ -126,6 +126,22 @@ def test_dense_layers_say_why_and_what_cures_it():
     assert layer.path == "dense step" and "40 % of its neurons are active" in layer.reason
 
 
+def test_counts_that_stay_on_the_device_are_the_same(monkeypatch):
+    """As on a GPU, where the report is the first to read them."""
+    x, reports = make_input("spikes", CASE, 0.4), []
+    for there in (False, True):
+        monkeypatch.setattr("sparse_backend.policy.reads_at_once", lambda device, there=there: not there)
+        net = enabled_copy(Model(CASE), 50.0)
+        for _ in range(8):
+            run(net, x)
+        layer, _ = sparse_backend.report(net).layers
+        assert layer.steps["dense"] > 31 and layer.spikes
+        tallies = [module._sparse_backend.tally for module in net.modules() if isinstance(module, snn.Leaky)]
+        assert all(isinstance(tally.spikes, torch.Tensor if there else int) for tally in tallies)
+        reports.append((layer.active, layer.spikes))
+    assert reports[0] == reports[1]
+
+
 def test_the_table_names_every_layer():
     model, x = Model(CASE), make_input("spikes", CASE, 0.4)
     model.other = snn.Alpha(alpha=0.9, beta=0.8)

@@ -1987,9 +1987,7 @@ def test_thresholds_and_decays_that_follow_the_activity(way: Way, neuron: str) -
 @pytest.mark.parametrize("neuron", ["Leaky", "Leaky, zero", "Synaptic", "RLeaky"])
 def test_coefficients_written_between_forwards_where_nobody_looks_again(monkeypatch, way: Way, neuron: str) -> None:
     """As on a GPU: what bumps a version, or is another tensor, is seen all the same; so is a value set by `.data`."""
-    for name in ("for_snntorch", "for_snntorch_fused", "for_snntorch_plan", "for_snntorch_synaptic"):
-        monkeypatch.setattr(f"sparse_backend.adapters.{name}.looks_again", lambda device: False)
-    monkeypatch.setattr("sparse_backend.adapters.for_snntorch_synaptic_fused.looks_again", lambda device: False)
+    monkeypatch.setattr("sparse_backend.policy.reads_at_once", lambda device: False)
     x = spikes((STEPS, BATCH, INPUTS), 0.4, 3).double()
 
     def go(net: Any) -> Any:
