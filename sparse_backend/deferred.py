@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_backend import _native, autocasting
+from sparse_backend import _native, autocasting, policy
 from sparse_backend.events import EventTensor
 from sparse_backend.ops import hub as hubs
 from sparse_backend.ops.event_linear import call_event_linear
@@ -147,7 +147,7 @@ class WeightCache:
 
     def _sum(self) -> tuple[float, float]:
         assert self._weight is not None
-        if self._weight.device.type != "cpu":
+        if not policy.reads_at_once(self._weight.device):
             return 0.0, 0.0  # reading it would wait for the device
         bias = 0.0 if self._bias is None else float(self._bias.detach().sum())
         return float(self._weight.detach().sum()), bias
@@ -174,7 +174,7 @@ class WeightCache:
 
 def is_finite(weight: Tensor) -> bool:
     """Where it is not, zeros of the input count too: 0 * inf. On another device nobody looks: it would wait for it."""
-    return weight.device.type != "cpu" or math.isfinite(float(weight.detach().sum()))
+    return not policy.reads_at_once(weight.device) or math.isfinite(float(weight.detach().sum()))
 
 
 def _versions(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:

@@ -54,10 +54,11 @@ from snntorch import surrogate as snn_surrogate
 from snntorch import utils
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import sparse_backend
-from sparse_backend import EventTensor
+from sparse_backend import EventTensor, _native
 from sparse_backend.tensorlike import TensorLike
 
 pytestmark = pytest.mark.usefixtures("neurons", "one_thread")
@@ -1946,6 +1947,7 @@ class Homeostatic(nn.Module):
     def __init__(self, kind: str, spike_grad: Any) -> None:
         super().__init__()
         self.kind, self.fc = kind, nn.Linear(INPUTS, 10)
+        self.follows = True
         self.at_first: list[Any] = [0.5, 0.9]  # threshold and beta of each forward's first step, None: as they are
         rest: dict[str, Any] = {"threshold": torch.full((10,), 0.5), "spike_grad": spike_grad}
         self.lif = {
@@ -1970,8 +1972,9 @@ class Homeostatic(nn.Module):
         for step in x:
             spk, *states = lif(self.fc(step), *(states if isinstance(states, (list, tuple)) else (states,)))
             states = [spk, *states] if self.kind == "RLeaky" else states
-            lif.threshold.add_(0.05 * spk.detach().mean())
-            lif.beta.mul_(0.99)
+            if self.follows:
+                lif.threshold.add_(0.05 * spk.detach().mean())
+                lif.beta.mul_(0.99)
             out.append(spk)
         return torch.stack(out)
 
@@ -2001,3 +2004,33 @@ def test_coefficients_written_between_forwards_where_nobody_looks_again(monkeypa
         return out
 
     assert_equal_runs(lambda grad: Homeostatic(neuron, grad), go, way, runs=2)
+
+
+# Where reading a number waits for a GPU.
+
+
+@pytest.mark.parametrize("fuse_time", [True, False])
+@pytest.mark.parametrize("b_th", [0.3, INF])
+@pytest.mark.parametrize("neuron", ["Leaky", "Leaky, zero", "Synaptic", "RLeaky"])
+def test_an_enabled_model_reads_no_number(monkeypatch, neuron: str, b_th: float, fuse_time: bool) -> None:
+    """Once it has run, and its weights and thresholds with it: on a GPU nothing of Python waits for the device."""
+    if not _native.available():
+        pytest.skip("the twins look at their numbers")
+    monkeypatch.setattr("sparse_backend.policy.reads_at_once", lambda device: False)
+    net = sparse_backend.enable(Homeostatic(neuron, SPIKE_GRAD), b_th=b_th, fuse_time=fuse_time)
+    net.at_first, net.follows = [None, None], False
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+    x = EventTensor.from_dense(spikes((STEPS, BATCH, INPUTS), 0.4, 3).double())
+
+    def reads() -> int:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            optimizer.zero_grad()
+            net(x).sum().backward()
+            optimizer.step()
+        counts = {event.key: event.count for event in seen.key_averages()}
+        assert any(name.startswith("sparse_backend::") for name in counts)
+        return counts.get("aten::_local_scalar_dense", 0)
+
+    first = reads()
+    assert first > 0  # a plan is made
+    assert reads() == reads() == 0
