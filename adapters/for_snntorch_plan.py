@@ -321,6 +321,24 @@ def synaptic_versions_of(parts: SynapticParts) -> tuple[Any, ...]:
     return *versions_of(parts.common), *learns, parts.alpha._version, parts.alpha.requires_grad
 
 
+def synaptic_plan_for(
+    module: Any, kind: Kind, state: LayerState, shape: torch.Size, dtype: torch.dtype, *, again: bool
+) -> SynapticPlan:
+    """The module's plan, made anew where it is not of these parts any more. again: in any case."""
+    parts = synaptic_parts_of(module, kind)
+    plan: SynapticPlan | None = state.plan
+    if (
+        again
+        or plan is None
+        or plan.shape != shape
+        or plan.dtype is not dtype
+        or parts.differ(plan.parts)
+        or synaptic_versions_of(parts) != plan.versions
+    ):
+        plan = state.plan = make_synaptic_plan(module, kind, state, parts, shape, dtype)
+    return plan
+
+
 def make_synaptic_plan(
     module: Any, kind: Kind, state: LayerState, parts: SynapticParts, shape: torch.Size, dtype: torch.dtype
 ) -> SynapticPlan:

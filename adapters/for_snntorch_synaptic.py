@@ -23,9 +23,7 @@ from .for_snntorch_plan import (
     ONE_TO_ONE,
     Kind,
     SynapticPlan,
-    make_synaptic_plan,
-    synaptic_parts_of,
-    synaptic_versions_of,
+    synaptic_plan_for,
 )
 from .shared import count, goes_dense, run_own_forward, taken, under_saved_tensor_hooks
 
@@ -50,16 +48,9 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
 
     shape, dtype = input_.shape, input_.dtype
     begins = state.last_mem is None or state.last_mem() is not before["mem"]  # not what was handed out last
-    parts, plan = synaptic_parts_of(module, kind), state.plan
-    if (
-        plan is None
-        or (begins and policy.reads_at_once(input_.device))
-        or plan.shape != shape
-        or plan.dtype is not dtype
-        or parts.differ(plan.parts)
-        or synaptic_versions_of(parts) != plan.versions
-    ):
-        plan = state.plan = make_synaptic_plan(module, kind, state, parts, shape, dtype)
+    again = begins and policy.reads_at_once(input_.device)
+    plan = synaptic_plan_for(module, kind, state, shape, dtype, again=again)
+    parts = plan.parts
     reason = plan.why_framework
     states: dict[str, Tensor | None] = {}
     for name, part in before.items():
@@ -76,17 +67,14 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
         return run_own_forward(module, state, reason, input_, *given)
 
     if kind.recurrent and type(parts.recurrent) in ONE_TO_ONE and spk.shape == shape:
-        product = torch.promote_types(spk.dtype, plan.parts.weight.dtype)
+        product = torch.promote_types(spk.dtype, parts.weight.dtype)
         if product is not dtype:
             return run_own_forward(module, state, f"its spk times V is {product}, its current {dtype}", input_, *given)
 
-    inflow = None
-    if kind.recurrent:  # gathered over the steps, as the weights of a linear layer are
-        if spk.shape != shape:
-            spk = torch.zeros(shape, dtype=dtype, device=input_.device)
-        inflow = dense(module.recurrent(spk))
     state.begins |= begins
-    result = run(state, kind, plan, input_, None, states["mem"], states.get("syn"), inflow=inflow)
+    if kind.recurrent and spk.shape != shape:
+        spk = None
+    result = run_step(state, kind, plan, input_, {**states, "spk": spk})
     if state.reason is None:
         state.reason = plan.why_in_steps
     after = {"spk": result.spikes, "mem": shaped(result.v_last, shape)}
@@ -104,6 +92,17 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
 def handed_out(own: dict[str, Any], outputs: list[Any]) -> Any:
     """What a call of the module with these attributes returns."""
     return tuple(outputs) if own["output"] or not own["init_hidden"] else outputs[0]
+
+
+def run_step(state: LayerState, kind: Kind, plan: SynapticPlan, current: Any, before: dict[str, Any]) -> LIFResult:
+    """One call on the engine; before: its states by their names, None where they are zeros."""
+    inflow = None
+    if kind.recurrent:  # gathered over the steps, as the weights of a linear layer are
+        spk = before["spk"]
+        if spk is None:
+            spk = torch.zeros(plan.shape, dtype=plan.dtype, device=current.device)
+        inflow = dense(plan.parts.recurrent(spk))
+    return run(state, kind, plan, current, None, before["mem"], before.get("syn"), inflow=inflow)
 
 
 def run(

@@ -22,12 +22,10 @@ from .for_snntorch_plan import (
     SynapticParts,
     SynapticPlan,
     connection_of,
-    make_synaptic_plan,
     same_objects,
-    synaptic_parts_of,
-    synaptic_versions_of,
+    synaptic_plan_for,
 )
-from .for_snntorch_synaptic import current_learns, handed_out, run, shaped
+from .for_snntorch_synaptic import current_learns, handed_out, run, run_step, shaped
 from .shared import taken, under_saved_tensor_hooks
 
 _ZEROS = object()  #: the state of a layer that begins
@@ -84,17 +82,9 @@ def _record_first(
     if any(name not in module._buffers for name in kind.states) or unusual() is not None:
         return None
     shape, dtype, device = input_.shape, input_.dtype, input_.device
-    parts = synaptic_parts_of(module, kind)
-    plan: SynapticPlan | None = state.plan
-    if (
-        plan is None
-        or (module not in into.put_back and policy.reads_at_once(device))
-        or plan.shape != shape
-        or plan.dtype is not dtype
-        or parts.differ(plan.parts)
-        or synaptic_versions_of(parts) != plan.versions
-    ):
-        plan = state.plan = make_synaptic_plan(module, kind, state, parts, shape, dtype)
+    again = module not in into.put_back and policy.reads_at_once(device)  # the first call looks at everything
+    plan = synaptic_plan_for(module, kind, state, shape, dtype, again=again)
+    parts = plan.parts
     if plan.why_framework is not None or plan.why_in_steps is not None or parts.common.beta.device != device:
         return None
     if parts.weight is not None and not (parts.weight.device == device and is_finite(parts.weight)):
@@ -159,16 +149,9 @@ def _site(into: Recording, kind: Kind, state: LayerState, plan: SynapticPlan) ->
 def _step(kind: Kind, state: LayerState, plan: SynapticPlan, current: Any, *starts: Any) -> Any:
     """One call alone, with the settings it was recorded under."""
     current = taken(state, current)
-    before = _before(kind, plan, current, starts)
-    inflow = None
-    if kind.recurrent:
-        spk = before["spk"]
-        if spk is None:
-            spk = torch.zeros(plan.shape, dtype=plan.dtype, device=current.device)
-        inflow = dense(plan.parts.recurrent(spk))
-    result = run(state, kind, plan, current, None, before["mem"], before.get("syn"), inflow=inflow)
-    last = {"spk": result.spikes, "mem": result.v_last, "syn": result.i_last}
-    return [last["spk"], *(shaped(last[name], plan.shape) for name in kind.outputs[1:])]
+    result = run_step(state, kind, plan, current, _before(kind, plan, current, starts))
+    last = {"mem": result.v_last, "syn": result.i_last}
+    return [result.spikes, *(shaped(last[name], plan.shape) for name in kind.outputs[1:])]  # type: ignore[arg-type]
 
 
 def _sequence(

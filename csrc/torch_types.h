@@ -48,6 +48,12 @@ inline void check_state(const MaybeTensor& state, int64_t batch, int64_t neurons
                     name, ": expected [", batch, ", ", neurons, "]");
 }
 
+// What a coefficient's gradient is made of where it is asked for: every step of it.
+inline void check_sequence(const MaybeTensor& kept, bool needed, int64_t entries, const char* name) {
+    STD_TORCH_CHECK(!needed || (kept.has_value() && kept->numel() == entries), name,
+                    ": expected [T, B, N] where its coefficient's gradient is asked for");
+}
+
 // Whether `bytes` from a tensor's first entry on lie in its storage.
 inline bool reaches(const Tensor& tensor, int64_t bytes) {
     int64_t in_storage = 0;

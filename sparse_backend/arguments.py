@@ -71,6 +71,23 @@ def check_steps(current: Tensor) -> tuple[int, int, int]:
     return steps, batch, neurons
 
 
+def check_neurons(
+    current: Tensor, coefficients: dict[str, Any], optional: tuple[str, ...], **states: Tensor | None
+) -> tuple[tuple[int, int, int], list[Any]]:
+    """A sequence's sizes, and `coefficients` as tensors; those named in `optional` may be None, as may the states."""
+    shape = check_steps(current)
+    _, batch, neurons = shape
+    check_tensors(tuple(states), **states)
+    for name, state in states.items():
+        check_state(name, state, batch, neurons)
+    tensors = {
+        name: None if value is None and name in optional else per_neuron(name, value, current, neurons)
+        for name, value in coefficients.items()
+    }
+    check_like(current, **tensors, **states)
+    return shape, list(tensors.values())
+
+
 def check_surrogate(spike_grad: SpikeGrad, b_th: policy.BTh) -> float:
     """b_th as a number, for a surrogate that may be evaluated on single entries."""
     width = policy.resolve_b_th(policy.check_b_th(b_th), spike_grad)

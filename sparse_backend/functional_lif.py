@@ -25,16 +25,12 @@ from torch import Tensor
 
 from sparse_backend import policy
 from sparse_backend.arguments import (
-    check_like,
+    check_neurons,
     check_recurrent,
     check_reset,
-    check_state,
-    check_steps,
     check_surrogate,
-    check_tensors,
     given_current,
     linear_current,
-    per_neuron,
 )
 from sparse_backend.dynamics import LI, LIF, LIF_RESETS
 from sparse_backend.events import EventTensor
@@ -159,22 +155,43 @@ def li(
     return _li(current, (mem_gain, syn_decay, leak), v, i)
 
 
-def _checked(
-    current: Any, values: tuple[Any, ...], v: Tensor | None, i: Tensor | None
-) -> tuple[tuple[int, int, int], list[Any]]:
-    """The sequence's sizes, and `values`, the first of LIF's fields, as tensors."""
-    shape = check_steps(current)
-    _, batch, neurons = shape
-    check_tensors(("v", "i"), v=v, i=i)
-    check_state("v", v, batch, neurons)
-    check_state("i", i, batch, neurons)
-    named = dict(zip(LIF._fields, values, strict=False))
-    tensors = {
-        name: None if value is None and name in ("syn_decay", "leak") else per_neuron(name, value, current, neurons)
-        for name, value in named.items()
-    }
-    check_like(current, **tensors, v=v, i=i)
-    return shape, list(tensors.values())
+def run_neurons(
+    current: Any,
+    shape: tuple[int, int, int],
+    neuron: LIF,
+    spike_grad: SpikeGrad,
+    b_th: policy.BTh,
+    v: Tensor | None,
+    i: Tensor | None,
+    recurrent: Tensor | None,
+    z: Tensor | None,
+    return_states: bool,
+) -> tuple[EventTensor, Tensor, Tensor | None]:
+    """Spikes, membrane and synaptic current of a sequence whose arguments have been checked."""
+    result = run_lif(
+        current,
+        shape,
+        neuron,
+        v,
+        i,
+        spike_grad,
+        check_surrogate(spike_grad, b_th),
+        recurrent=recurrent,
+        z=z,
+        keep_states=return_states,
+        max_active=policy.max_active(current.device),
+    )
+    states = (result.v_seq, result.i_seq) if return_states else (result.v_last, result.i_last)
+    assert states[0] is not None
+    return EventTensor.from_dense(result.spikes), *states
+
+
+def _coefficients(values: tuple[Any, ...]) -> dict[str, Any]:
+    """`values`, the first of LIF's fields, by their names."""
+    return dict(zip(LIF._fields, values, strict=False))
+
+
+_OPTIONAL = ("syn_decay", "leak")
 
 
 def _lif(
@@ -191,27 +208,13 @@ def _lif(
     return_states: bool,
 ) -> LIFSequence:
     code = check_reset(reset, LIF_RESETS)
-    shape, coefficients = _checked(current, values, v, i)
+    shape, coefficients = check_neurons(current, _coefficients(values), _OPTIONAL, v=v, i=i)
     recurrent = check_recurrent(current, recurrent, z, "z")
-    result = run_lif(
-        current,
-        shape,
-        LIF(*coefficients)._replace(reset=code, detached=detached),
-        v,
-        i,
-        spike_grad,
-        check_surrogate(spike_grad, b_th),
-        recurrent=recurrent,
-        z=z,
-        keep_states=return_states,
-        max_active=policy.max_active(current.device),
-    )
-    states = (result.v_seq, result.i_seq) if return_states else (result.v_last, result.i_last)
-    assert states[0] is not None
-    return LIFSequence(EventTensor.from_dense(result.spikes), *states)
+    neuron = LIF(*coefficients)._replace(reset=code, detached=detached)
+    return LIFSequence(*run_neurons(current, shape, neuron, spike_grad, b_th, v, i, recurrent, z, return_states))
 
 
 def _li(current: Any, values: tuple[Any, ...], v: Tensor | None, i: Tensor | None) -> LISequence:
-    shape, coefficients = _checked(current, values, v, i)
+    shape, coefficients = check_neurons(current, _coefficients(values), _OPTIONAL, v=v, i=i)
     result = run_li(current, shape, LI(*coefficients), v, i)
     return LISequence(result.v_seq, result.v_last, result.i_last)

@@ -24,20 +24,15 @@ from torch import Tensor
 
 from sparse_backend import policy
 from sparse_backend.arguments import (
-    check_like,
+    check_neurons,
     check_recurrent,
     check_reset,
-    check_state,
-    check_steps,
-    check_surrogate,
-    check_tensors,
     given_current,
     linear_current,
-    per_neuron,
 )
 from sparse_backend.dynamics import RESETS, discrete
 from sparse_backend.events import EventTensor
-from sparse_backend.execute_lif import run_lif
+from sparse_backend.functional_lif import run_neurons
 from sparse_backend.surrogate import SpikeGrad
 
 
@@ -128,33 +123,12 @@ def _synaptic(
     return_states: bool,
 ) -> SynapticSequence:
     code = check_reset(reset, RESETS)
-    shape = check_steps(current)
-    _, batch, neurons = shape
-    check_tensors(("mem", "syn"), mem=mem, syn=syn)
-    check_state("mem", mem, batch, neurons)
-    check_state("syn", syn, batch, neurons)
-    beta, alpha, threshold = (
-        None if value is None and name == "alpha" else per_neuron(name, value, current, neurons)
-        for name, value in zip(("beta", "alpha", "threshold"), values, strict=True)
-    )
+    coefficients = dict(zip(("beta", "alpha", "threshold"), values, strict=True))
+    shape, (beta, alpha, threshold) = check_neurons(current, coefficients, ("alpha",), mem=mem, syn=syn)
     if syn is not None and alpha is None:
         raise ValueError("syn: expected None without alpha, got a tensor")
-    assert beta is not None and threshold is not None
-    check_like(current, beta=beta, alpha=alpha, threshold=threshold, mem=mem, syn=syn)
     recurrent = check_recurrent(current, recurrent, spk, "spk")
-    result = run_lif(
-        current,
-        shape,
-        discrete(beta, alpha, threshold, code),
-        mem,
-        syn,
-        spike_grad,
-        check_surrogate(spike_grad, b_th),
-        recurrent=recurrent,
-        z=spk,
-        keep_states=return_states,
-        max_active=policy.max_active(current.device),
+    neuron = discrete(beta, alpha, threshold, code)
+    return SynapticSequence(
+        *run_neurons(current, shape, neuron, spike_grad, b_th, mem, syn, recurrent, spk, return_states)
     )
-    states = (result.v_seq, result.i_seq) if return_states else (result.v_last, result.i_last)
-    assert states[0] is not None
-    return SynapticSequence(EventTensor.from_dense(result.spikes), *states)

@@ -175,7 +175,9 @@ class LifWalk {
               &saved_.x, &saved_.g, &saved_.drive, &saved_.inflow, &saved_.first_reset})
             *tensor = contiguous(*tensor);
         const int64_t neurons = saved_.neurons;
-        check_sequence(saved_.drive, "drive", kMemGain), check_sequence(saved_.inflow, "inflow", kSynDecay);
+        const int64_t entries = saved_.steps * saved_.batch * neurons;
+        check_sequence(saved_.drive, saved_.need(kMemGain), entries, "drive");
+        check_sequence(saved_.inflow, saved_.need(kSynDecay), entries, "inflow");
         mem_gain_ = per_neuron<T>(saved_.mem_gain, neurons, T(0), "mem_gain");
         threshold_ = per_neuron<T>(saved_.threshold, neurons, T(0), "threshold");
         reset_to_ = per_neuron<T>(saved_.reset_to, neurons, T(0), "reset_to");
@@ -299,13 +301,6 @@ class LifWalk {
     }
 
   private:
-    // What a coefficient's gradient is made of, every step of it.
-    void check_sequence(const MaybeTensor& kept, const char* name, Needs which) const {
-        const int64_t entries = saved_.steps * saved_.batch * saved_.neurons;
-        STD_TORCH_CHECK(!saved_.need(which) || (kept.has_value() && kept->numel() == entries), name,
-                        ": expected [T, B, N] where its coefficient's gradient is asked for");
-    }
-
     // For each row the spikes of the step before, which recurrent weights meet.
     struct Before {
         bool wanted;

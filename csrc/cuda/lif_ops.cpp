@@ -205,11 +205,8 @@ std::vector<Tensor> adjoint(const Device& on, LifSaved& saved, bool need_bias, i
     for (MaybeTensor* tensor : {&saved.grad_x, &saved.grad_v_last, &saved.grad_i_last, &saved.grad_v_seq,
                                 &saved.grad_i_seq, &saved.x, &saved.g, &saved.drive, &saved.inflow, &saved.first_reset})
         *tensor = contiguous(*tensor);
-    const auto check_sequence = [&](const MaybeTensor& kept, const char* name, Needs which) {
-        STD_TORCH_CHECK(!saved.need(which) || (kept.has_value() && kept->numel() == n_rows * neurons), name,
-                        ": expected [T, B, N] where its coefficient's gradient is asked for");
-    };
-    check_sequence(saved.drive, "drive", kMemGain), check_sequence(saved.inflow, "inflow", kSynDecay);
+    check_sequence(saved.drive, saved.need(kMemGain), n_rows * neurons, "drive");
+    check_sequence(saved.inflow, saved.need(kSynDecay), n_rows * neurons, "inflow");
     LifBackwardScan<T> a{};
     a.total_steps = steps, a.batch = batch, a.neurons = neurons;
     a.grad_x = on.read<T>(saved.grad_x, "grad_x");
