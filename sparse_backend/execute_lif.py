@@ -68,14 +68,8 @@ def run_lif(
     b_th is infinite, or if more than `max_active` of all entries are active.
     """
     _native.load()
-    if neuron.discrete and neuron.syn_decay is not None:
-        if i is not None:
-            i = neuron.syn_decay * i
-        elif shape[0] == 1 and torch.is_grad_enabled() and neuron.syn_decay.requires_grad:
-            i = neuron.syn_decay * neuron.mem_gain.detach().new_zeros(shape[1:])  # it has a gradient, of zeros
-    for part in (inflow, None if recurrent is None or z is None else _from_spikes(z, recurrent)):
-        if part is not None:
-            i = part if i is None else i + part
+    from_spikes = None if recurrent is None or z is None else _from_spikes(z, recurrent)
+    i = _joining_first(neuron, shape, i, inflow, from_spikes)
     if shape[0] == 1:
         recurrent = None  # no step has one before it
         if neuron.discrete and neuron.syn_decay is not None:
@@ -86,6 +80,19 @@ def run_lif(
         if result is not None:
             return result
     return _run_dense(arguments, spike_grad, b_th)
+
+
+def _joining_first(neuron: LIF, shape: tuple[int, int, int], i: Tensor | None, *parts: Tensor | None) -> Tensor | None:
+    """[B, N], what joins the first step's current: the synaptic current before it and these parts."""
+    if neuron.discrete and neuron.syn_decay is not None:
+        if i is not None:
+            i = neuron.syn_decay * i
+        elif shape[0] == 1 and torch.is_grad_enabled() and neuron.syn_decay.requires_grad:
+            i = neuron.syn_decay * neuron.mem_gain.detach().new_zeros(shape[1:])  # it has a gradient, of zeros
+    for part in parts:
+        if part is not None:
+            i = part if i is None else i + part
+    return i
 
 
 def _from_spikes(z: Tensor, recurrent: Tensor) -> Tensor:
@@ -104,10 +111,7 @@ def run_lif_traced(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of a discrete neuron for torch.compile, in plain tensors: spikes, v and i, [B, N] each; i is [0] where
     the neuron has none."""
-    if i is not None and neuron.syn_decay is not None:
-        i = neuron.syn_decay * i
-    if inflow is not None:
-        i = inflow if i is None else i + inflow
+    i = _joining_first(neuron, (1, *current.shape), i, inflow)  # type: ignore[arg-type]
     dense = math.isinf(b_th)
     syn_decay = None if neuron.syn_decay is None else neuron.syn_decay.detach()
     states = neuron.mem_gain, syn_decay, None, neuron.threshold, neuron.reset_to, v, i, None, None

@@ -183,7 +183,8 @@ def first_reset(neuron: Neuron) -> Tensor | None:
 
 def sizes_of(shape: Any, neuron: Neuron, needs: int) -> tuple[Any, ...]:
     """The arguments of a backward from `steps` on. shape: (T, B, N)."""
-    return *shape, neuron.leak is not None, *neuron[9:], needs
+    options = neuron.reset, neuron.discrete, neuron.detached, neuron.b_th, neuron.dense
+    return *shape, neuron.leak is not None, *options, needs
 
 
 def shapes_of(neuron: Neuron) -> tuple[torch.Size | None, ...]:
