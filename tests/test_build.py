@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -352,8 +353,18 @@ for dtype in (torch.float32, torch.float64):
             alone, _ = F.leaky(torch.nn.functional.linear(x, leaves[1]), **options)
             loss = spikes.to_dense().square().sum() + mem.square().sum() + alone.to_dense().sum()
             close[name] = torch.autograd.grad(loss, [*leaves, beta, threshold])
+
+left_alone = {}  # a state and a gradient that are halved until no full mantissa is left for them
+for dtype, steps in ((torch.float32, 130), (torch.float64, 1030)):
+    for b_th in (0.3, float("inf")):
+        start = torch.full((2, 3), 0.5, dtype=dtype, requires_grad=True)
+        silence, options = torch.zeros(steps, 2, 3, dtype=dtype), dict(spike_grad=fast_sigmoid, b_th=b_th)
+        _, mem = F.leaky(silence, beta=0.5, mem=start, **options)
+        v = F.lif(silence, mem_gain=0.5, v=start, **options).v
+        for name, last in (("leaky", mem), ("lif", v)):
+            left_alone[f"{name} {dtype} {b_th}"] = last.detach(), *torch.autograd.grad(last.sum(), start)
 assert _native.available(), _native.status()
-torch.save((_native.status()["isa"], exact, close), sys.argv[1])
+torch.save((_native.status()["isa"], exact, close, left_alone), sys.argv[1])
 """
 
 
@@ -387,9 +398,9 @@ def test_every_instruction_set_compiles_without_a_warning_and_runs(of_every_isa)
 @pytest.mark.kernels
 def test_every_instruction_set_computes_the_same(of_every_isa):
     """Forward bit for bit; gradients to rounding, since a dot product is summed in as many parts as a vector has."""
-    _, exact, close = of_every_isa["scalar"]
+    _, exact, close, _ = of_every_isa["scalar"]
     assert sum(float(spikes.sum()) for spikes, _, _ in exact.values()) > 1000
-    for isa, (_, exact_here, close_here) in of_every_isa.items():
+    for isa, (_, exact_here, close_here, _) in of_every_isa.items():
         for name in exact:
             for ours, scalar in zip(exact_here[name], exact[name], strict=True):
                 assert torch.equal(ours, scalar), f"{isa} {name}"
@@ -397,6 +408,18 @@ def test_every_instruction_set_computes_the_same(of_every_isa):
                 scale = float(scalar.abs().max())
                 rtol = 1e-5 if ours.dtype == torch.float32 else 1e-12
                 torch.testing.assert_close(ours, scalar, rtol=rtol, atol=rtol * scale, msg=f"{isa} {name}")
+
+
+@needs_compiler
+@pytest.mark.kernels
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="such numbers are kept where there is no SSE")
+def test_no_number_is_too_small_for_a_full_mantissa(of_every_isa):
+    """On a CPU an operation on one of them costs a hundred cycles."""
+    for isa, (*_, left_alone) in of_every_isa.items():
+        for name, tensors in left_alone.items():
+            for tensor in tensors:
+                too_small = tensor.bool() & (tensor.abs() < torch.finfo(tensor.dtype).tiny)
+                assert not bool(too_small.any()), f"{isa} {name}"
 
 
 @needs_compiler

@@ -22,7 +22,7 @@ class Scratch {
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
     ~Scratch() { std::free(data_); }
-    T* get() { return data_; }
+    T* get() const { return data_; }
 
   private:
     T* data_;

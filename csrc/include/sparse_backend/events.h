@@ -125,8 +125,7 @@ void input_rows(const T* delta, int64_t neurons, const Weight<T>& w, const Rows&
         const int64_t begin = wanted.row_ptr[row], end = wanted.row_ptr[row + 1];
         if (begin == end) continue;
         std::memcpy(scratch.get(), delta + row * neurons, static_cast<size_t>(neurons) * sizeof(T));
-        for (int64_t e = begin; e < end; ++e)
-            out[e] = dot(w.data + wanted.indices[e] * w.stride, scratch.get(), neurons);
+        dots_of_rows(w, int64_t{0}, wanted.indices + begin, end - begin, scratch.get(), neurons, false, out + begin);
     }
 }
 

@@ -2,11 +2,23 @@
 // Specification: sparse_backend/reference/leaky.py.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "sparse_backend/rows.h"
 
 namespace sparse_backend {
+
+// Lists the columns of a row whose membrane is above its threshold; returns how many there are.
+template <typename T>
+inline int64_t list_above(const T* mem, const T* thresholds, int64_t columns, int32_t first, int32_t* out) {
+    int64_t n = 0;
+    for (int64_t j = 0; j < columns; ++j) {
+        out[n] = first + static_cast<int32_t>(j);
+        n += mem[j] > thresholds[j];
+    }
+    return n;
+}
 
 template <typename T, int RESET, bool DOUBLE, bool KEEP_P>
 void leaky_forward_block(const LeakyForward<T>& a, const Block& block, int32_t* n_spikes, int32_t* n_active,
@@ -17,14 +29,15 @@ void leaky_forward_block(const LeakyForward<T>& a, const Block& block, int32_t* 
     const int64_t vecs = (columns + V::width - 1) / V::width;
     const int64_t width = vecs * V::width;
     Scratch<T> mem_scratch(samples * width), p_scratch(KEEP_P ? samples * width : 0), current_scratch(width);
-    T* current = current_scratch.get();
+    T* const current = current_scratch.get();
     if (a.mem != nullptr) {
         for (int64_t s = 0; s < samples; ++s)
             std::memcpy(mem_scratch.get() + s * width,
                         a.mem + (block.first_sample + s) * a.neurons + block.first_column,
                         static_cast<size_t>(columns) * sizeof(T));
     }
-    const V b_th = V::all(a.b_th), zero = V::all(T(0));
+    const T b_th = a.b_th;
+    const V lowest = V::all(b_th > T(0) ? -b_th : T(0));
     const T* const betas = a.beta + block.first_column;
     const T* const thresholds = a.threshold + block.first_column;
     Scratch<T> no_bias(width);
@@ -33,28 +46,37 @@ void leaky_forward_block(const LeakyForward<T>& a, const Block& block, int32_t* 
     const int32_t first = static_cast<int32_t>(block.first_column);
     for (int64_t t = 0; t < a.steps; ++t) {
         const bool keep_reset = a.keep_reset && (t == 0 || !a.reset_delay);
-        int32_t* spike_out = found.spikes.room(samples * width);
-        int32_t* active_out = found.active.room(samples * width);
-        T* x_out = found.x.room(samples * width);
-        T* p_out = KEEP_P ? found.p.room(samples * width) : nullptr;
-        int32_t* reset_out = keep_reset ? found.resets.room(samples * width) : nullptr;
+        int32_t* const spike_out = found.spikes.room(samples * width);
+        int32_t* const active_out = found.active.room(samples * width);
+        T* const x_out = found.x.room(samples * width);
+        T* const p_out = KEEP_P ? found.p.room(samples * width) : nullptr;
+        int32_t* const reset_out = keep_reset ? found.resets.room(samples * width) : nullptr;
         int64_t all_spikes = 0, all_active = 0, all_resets = 0;
         for (int64_t s = 0; s < samples; ++s) {
             const int64_t row = t * a.batch + block.first_sample + s;
+            const T* inflow = current;
             if (a.from_events) {
                 const int64_t e = a.input.row_ptr[row], n = a.input.row_ptr[row + 1] - e;
-                accumulate_rows(bias, current, a.weight, block.first_column, vecs, a.input.indices + e,
-                                a.input.values == nullptr ? nullptr : a.input.values + e, n);
+                if (n == 0)
+                    inflow = bias;
+                else
+                    accumulate_rows(bias, current, a.weight, block.first_column, vecs, a.input.indices + e,
+                                    a.input.values == nullptr ? nullptr : a.input.values + e, n);
             } else {
                 const int64_t from = a.same_current ? block.first_sample + s : row;
                 std::memcpy(current, a.current + from * a.neurons + block.first_column,
                             static_cast<size_t>(columns) * sizeof(T));
             }
             T* const mem = mem_scratch.get() + s * width;
-            T* const p = p_scratch.get() + s * width;
-            int64_t spikes = all_spikes, active = all_active, resets = all_resets;
+            T* const p = p_scratch.get() + (KEEP_P ? s * width : 0);
+            if (keep_reset) {
+                const int64_t resets = list_above(mem, thresholds, columns, first, reset_out + all_resets);
+                n_resets[row] = static_cast<int32_t>(resets);
+                all_resets += resets;
+            }
+            int64_t spikes = all_spikes, active = all_active;
             for (int64_t j0 = 0; j0 < width; j0 += 64) {  // 64 neurons: one word of bits, found entries then one by one
-                uint64_t fires_bits = 0, active_bits = 0, reset_bits = 0;
+                uint64_t found_bits = 0;                  // of what spikes or is active
                 const int64_t here = width - j0 < 64 ? width - j0 : 64;
                 for (int64_t i = 0; i < here; i += V::width) {
                     const int64_t j = j0 + i;
@@ -67,42 +89,36 @@ void leaky_forward_block(const LeakyForward<T>& a, const Block& block, int32_t* 
                         if constexpr (RESET == kZero) q = q - V::where(r, q);
                         (beta * q + v).store(p + j);
                     }
-                    v = beta * v + V::load(current + j);
+                    v = beta * v + V::load(inflow + j);
                     if constexpr (RESET == kSubtract) v = v - V::where(r, threshold);
                     const V x = v - threshold;
-                    const typename V::Mask fires = x > zero;
-                    typename V::Mask is_active = inside(x, b_th);
-                    if (cover_spikes) is_active = V::either(is_active, fires);
                     if constexpr (DOUBLE) {
+                        const typename V::Mask fires = x > V::all(T(0));
                         const V jump = RESET == kSubtract ? threshold : v;
                         v = v - V::where(V::without(fires, r), jump);
                         v = v + V::where(V::without(r, fires), jump);
+                        x.store(current + j);
                     }
                     v.store(mem + j);
-                    x.store(current + j);
-                    fires_bits |= static_cast<uint64_t>(V::bits(fires)) << i;
-                    active_bits |= static_cast<uint64_t>(V::bits(is_active)) << i;
-                    if (keep_reset) reset_bits |= static_cast<uint64_t>(V::bits(r)) << i;
+                    found_bits |= static_cast<uint64_t>(V::bits(exceeds(x, lowest))) << i;
                 }
                 // The padding never counts: there NaN, which is active, comes of 0 * inf and inf - inf.
-                const uint64_t real = columns - j0 < 64 ? (uint64_t{1} << (columns - j0)) - 1 : ~uint64_t{0};
-                fires_bits &= real, active_bits &= real, reset_bits &= real;
-                const int32_t column = first + static_cast<int32_t>(j0);
-                for (; fires_bits != 0; fires_bits &= fires_bits - 1)
-                    spike_out[spikes++] = column + __builtin_ctzll(fires_bits);
-                for (; active_bits != 0; active_bits &= active_bits - 1) {
-                    const int i = __builtin_ctzll(active_bits);
-                    x_out[active] = current[j0 + i];
-                    if constexpr (KEEP_P) p_out[active] = p[j0 + i];
-                    active_out[active++] = column + i;
+                if (columns - j0 < 64) found_bits &= (uint64_t{1} << (columns - j0)) - 1;
+                for (; found_bits != 0; found_bits &= found_bits - 1) {
+                    const int64_t j = j0 + __builtin_ctzll(found_bits);
+                    const int32_t column = first + static_cast<int32_t>(j);
+                    const T x = DOUBLE ? current[j] : mem[j] - thresholds[j];
+                    const bool fires = x > T(0);
+                    spike_out[spikes] = column;
+                    spikes += fires;
+                    active_out[active] = column, x_out[active] = x;
+                    if constexpr (KEEP_P) p_out[active] = p[j];
+                    active += !(std::abs(x) >= b_th) || (cover_spikes && fires);
                 }
-                for (; reset_bits != 0; reset_bits &= reset_bits - 1)
-                    reset_out[resets++] = column + __builtin_ctzll(reset_bits);
             }
             n_spikes[row] = static_cast<int32_t>(spikes - all_spikes);
             n_active[row] = static_cast<int32_t>(active - all_active);
-            if (keep_reset) n_resets[row] = static_cast<int32_t>(resets - all_resets);
-            all_spikes = spikes, all_active = active, all_resets = resets;
+            all_spikes = spikes, all_active = active;
             if (a.mem_seq != nullptr)
                 std::memcpy(a.mem_seq + row * a.neurons + block.first_column, mem,
                             static_cast<size_t>(columns) * sizeof(T));
@@ -123,6 +139,7 @@ void leaky_forward_block(const LeakyForward<T>& a, const Block& block, int32_t* 
 template <typename T>
 void leaky_forward(const LeakyForward<T>& a, const Block& block, int32_t* n_spikes, int32_t* n_active,
                    int32_t* n_resets, Found<T>& found) {
+    const NoDenormals guard;
     const auto run = [&]<int RESET, bool DOUBLE>() {
         if (a.keep_p)
             leaky_forward_block<T, RESET, DOUBLE, true>(a, block, n_spikes, n_active, n_resets, found);
@@ -153,6 +170,7 @@ inline const int32_t* reset_row(const LeakyBackward<T>& a, int64_t t, int64_t b,
 template <typename T, typename Visit>
 void leaky_adjoint(const LeakyBackward<T>& a, const Block& block, NeuronSums<T> sums, T* grad_mem, Visit&& visit) {
     using V = Vec<T>;
+    const NoDenormals guard;
     const int64_t samples = block.last_sample - block.first_sample;
     const int64_t columns = block.last_column - block.first_column;
     const int64_t vecs = (columns + V::width - 1) / V::width;
@@ -306,6 +324,7 @@ template <typename T>
 void leaky_dense_forward_block(const DenseForward<T>& a, const Block& block) {
     using V = Vec<T>;
     const int64_t columns = block.last_column - block.first_column;
+    const NoDenormals guard;
     const bool twice = !a.reset_delay && a.reset != kNone;
     Scratch<T> scratch((columns + V::width - 1) / V::width * V::width);
     T* mem = scratch.get();
@@ -353,6 +372,7 @@ void leaky_dense_backward_block(const DenseBackward<T>& a, const Block& block, N
     const int64_t columns = block.last_column - block.first_column;
     const bool twice = a.double_reset();
     const bool need_reset = a.reset == kZero || twice || (a.reset == kSubtract && sums.threshold != nullptr);
+    const NoDenormals guard;
     const bool masked = a.b_th < std::numeric_limits<T>::infinity();
     const V b_th = V::all(a.b_th);
     Scratch<T> scratch((columns + V::width - 1) / V::width * V::width);

@@ -2,6 +2,7 @@
 // Specification: sparse_backend/reference/lif.py.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "sparse_backend/rows.h"
@@ -23,28 +24,53 @@ inline void store_block(const T* from, int64_t neurons, const Block& block, T* t
                     static_cast<size_t>(block.last_column - block.first_column) * sizeof(T));
 }
 
-// The current of one row, from the block's first column on.
+// The current of one row, from the block's first column on: written to `current`, or where it is.
 template <typename T>
-__attribute__((noinline)) void lif_current(const LifForward<T>& a, const Block& block, int64_t row, int64_t vecs,
-                                           const T* bias, T* current) {
+__attribute__((noinline)) const T* lif_current(const LifForward<T>& a, const Block& block, int64_t row, int64_t vecs,
+                                               const T* bias, T* current) {
     if (a.from_events) {
         const int64_t e = a.input.row_ptr[row], n = a.input.row_ptr[row + 1] - e;
+        if (n == 0) return bias;
         accumulate_rows(bias, current, a.weight, block.first_column, vecs, a.input.indices + e,
                         a.input.values == nullptr ? nullptr : a.input.values + e, n);
     } else {
         std::memcpy(current, a.current + row * a.neurons + block.first_column,
                     static_cast<size_t>(block.last_column - block.first_column) * sizeof(T));
     }
+    return current;
 }
 
-// What the spikes of the step before add to it.
+// `to` is `from` and what the spikes of the step before add to it.
 template <typename T>
 __attribute__((noinline)) void lif_recurrence(const LifForward<T>& a, int64_t vecs, const int32_t* fired, int64_t n,
-                                              T* current) {
-    accumulate_rows(current, current, a.recurrent, int64_t{0}, vecs, fired, static_cast<const T*>(nullptr), n);
+                                              const T* from, T* to) {
+    accumulate_rows(from, to, a.recurrent, int64_t{0}, vecs, fired, static_cast<const T*>(nullptr), n);
 }
 
-template <typename T, bool SYNAPTIC, int RESET>
+// The coefficients of a block of columns, a vector of each in turn: a loop over vectors needs one address for all.
+template <typename T>
+class LifCoefficients {
+  public:
+    using V = Vec<T>;
+    LifCoefficients(const LifForward<T>& a, const Block& block, int64_t width) : of_(kHowMany * width) {
+        const T* const from[kHowMany] = {a.mem_gain, a.leak, a.threshold, a.reset_to, a.syn_decay};
+        for (int k = 0; k < kHowMany; ++k)
+            for (int64_t j = 0; from[k] != nullptr && j < width; j += V::width)
+                V::load(from[k] + block.first_column + j).store(of_.get() + kHowMany * j + k * V::width);
+    }
+    V gain(int64_t j) const { return at(j, 0); }
+    V leak(int64_t j) const { return at(j, 1); }
+    V threshold(int64_t j) const { return at(j, 2); }
+    V reset_to(int64_t j) const { return at(j, 3); }
+    V syn_decay(int64_t j) const { return at(j, 4); }
+
+  private:
+    static constexpr int kHowMany = 5;
+    V at(int64_t j, int k) const { return V::load(of_.get() + kHowMany * j + k * V::width); }
+    Scratch<T> of_;
+};
+
+template <typename T, bool SYNAPTIC, bool DISCRETE, int RESET>
 void lif_forward_block(const LifForward<T>& a, const Block& block, int32_t* n_spikes, int32_t* n_active,
                        Found<T>& found) {
     using V = Vec<T>;
@@ -57,20 +83,19 @@ void lif_forward_block(const LifForward<T>& a, const Block& block, int32_t* n_sp
     Scratch<int32_t> fired(a.is_recurrent ? samples * width : 0), n_fired(samples);
     T *const current = current_scratch.get(), *const drives = drive_scratch.get();
     T* const inflows = inflow_scratch.get();
-    const T* const gains = a.mem_gain + block.first_column;
-    const T* const decays = SYNAPTIC ? a.syn_decay + block.first_column : nullptr;
-    const T* const leaks = a.leak + block.first_column;
-    const T* const thresholds = a.threshold + block.first_column;
-    const T* const resets = a.reset_to + block.first_column;
+    const LifCoefficients<T> of(a, block, width);
     const T* const bias = a.bias == nullptr ? no_bias.get() : a.bias + block.first_column;
     if (a.v != nullptr)
         load_block(a.v, a.neurons, block, v_scratch.get(), width);
     else
-        for (int64_t s = 0; s < samples; ++s) std::memcpy(v_scratch.get() + s * width, leaks, row_bytes);
+        for (int64_t s = 0; s < samples; ++s)
+            std::memcpy(v_scratch.get() + s * width, a.leak + block.first_column, row_bytes);
     if (a.i != nullptr) load_block(a.i, a.neurons, block, i_scratch.get(), width);
-    const V b_th = V::all(a.b_th), zero = V::all(T(0)), one = V::all(T(1));
-    const bool discrete = a.discrete;
-    const bool keep_drive = a.drive != nullptr, keep_inflow = a.inflow != nullptr || (SYNAPTIC && discrete);
+    const T b_th = a.b_th;
+    const V zero = V::all(T(0)), one = V::all(T(1));
+    const V lowest = V::all(!a.dense && b_th > T(0) ? -b_th : T(0));  // above it lies what is looked for
+    const bool leaky = a.leaks, keep_drive = a.drive != nullptr;
+    const bool keep_inflow = a.inflow != nullptr || (SYNAPTIC && DISCRETE);
     const bool look = !a.dense || a.is_recurrent;  // for spikes; dense entries are all active
     const int32_t first = static_cast<int32_t>(block.first_column);
     for (int64_t t = 0; t < a.steps; ++t) {
@@ -80,69 +105,67 @@ void lif_forward_block(const LifForward<T>& a, const Block& block, int32_t* n_sp
         int64_t spikes = 0, active = 0;
         for (int64_t s = 0; s < samples; ++s) {
             const int64_t row = t * a.batch + block.first_sample + s;
-            lif_current(a, block, row, vecs, bias, current);
+            const T* input = lif_current(a, block, row, vecs, bias, current);
             int32_t* const fired_here = fired.get() + (a.is_recurrent ? s * width : 0);
             int32_t fires_here = 0;
-            if (a.is_recurrent && t > 0) lif_recurrence(a, vecs, fired_here, n_fired.get()[s], current);
+            if (a.is_recurrent && t > 0 && n_fired.get()[s] > 0) {
+                lif_recurrence(a, vecs, fired_here, n_fired.get()[s], input, current);
+                input = current;
+            }
             T* const v_row = v_scratch.get() + s * width;
             T* const i_row = i_scratch.get() + (a.i != nullptr || SYNAPTIC ? s * width : 0);
-            if (!SYNAPTIC && a.i != nullptr && t == 0)
+            if (!SYNAPTIC && a.i != nullptr && t == 0) {
                 for (int64_t j = 0; j < width; j += V::width)
-                    (V::load(i_row + j) + V::load(current + j)).store(current + j);
+                    (V::load(i_row + j) + V::load(input + j)).store(current + j);
+                input = current;
+            }
             const int64_t spikes_before = spikes, active_before = active;
             for (int64_t j0 = 0; j0 < width; j0 += 64) {  // 64 neurons: one word of bits, found entries then one by one
-                uint64_t fires_bits = 0, active_bits = 0;
+                uint64_t found_bits = 0;
                 const int64_t here = width - j0 < 64 ? width - j0 : 64;
                 for (int64_t k = 0; k < here; k += V::width) {
                     const int64_t j = j0 + k;
-                    V inflow = V::load(current + j);
+                    V inflow = V::load(input + j);
                     if constexpr (SYNAPTIC) {
                         inflow = V::load(i_row + j) + inflow;
-                        (V::load(decays + j) * inflow).store(i_row + j);
+                        (of.syn_decay(j) * inflow).store(i_row + j);
                     }
                     V v = V::load(v_row + j), drive = v;
-                    const V threshold = V::load(thresholds + j);
-                    if (discrete) {
+                    const V threshold = of.threshold(j);
+                    if constexpr (DISCRETE) {
                         const typename V::Mask r = v - threshold > zero;
-                        v = V::load(gains + j) * v + inflow;
+                        v = of.gain(j) * v + inflow;
                         if constexpr (RESET == kSubtract) v = v - V::where(r, threshold);
                         if constexpr (RESET == kZero)
                             v = v - V::where(r, one) * v;  // NaN if infinite, as snnTorch has it
                     } else {
-                        drive = a.leaks ? (V::load(leaks + j) - v) + inflow : inflow;
-                        v = v + V::load(gains + j) * drive;
+                        drive = leaky ? (of.leak(j) - v) + inflow : inflow;
+                        v = v + of.gain(j) * drive;
                     }
                     const V x = v - threshold;
                     const typename V::Mask fires = x > zero;
-                    if constexpr (RESET == kSubtract || RESET == kValue) {
-                        if (!discrete) {
-                            const V z = V::where(fires, one);
-                            v = (one - z) * v + z * (RESET == kValue ? V::load(resets + j) : x);
-                        }
+                    if constexpr (!DISCRETE && RESET != kNone) {
+                        const V z = V::where(fires, one);
+                        v = (one - z) * v + z * (RESET == kValue ? of.reset_to(j) : x);
                     }
                     v.store(v_row + j);
                     x.store(current + j);
                     if (keep_drive) drive.store(drives + j);
                     if (keep_inflow) inflow.store(inflows + j);
-                    if (look) {
-                        fires_bits |= static_cast<uint64_t>(V::bits(fires)) << k;
-                        active_bits |= static_cast<uint64_t>(V::bits(inside(x, b_th))) << k;
-                    }
+                    if (look) found_bits |= static_cast<uint64_t>(V::bits(exceeds(x, lowest))) << k;
                 }
-                if (!look) continue;
-                const uint64_t real = columns - j0 < 64 ? (uint64_t{1} << (columns - j0)) - 1 : ~uint64_t{0};
-                const int32_t column = first + static_cast<int32_t>(j0);
-                fires_bits &= real, active_bits &= real;
-                if (a.is_recurrent)
-                    for (uint64_t bits = fires_bits; bits != 0; bits &= bits - 1)
-                        fired_here[fires_here++] = column + __builtin_ctzll(bits);
-                for (; fires_bits != 0; fires_bits &= fires_bits - 1)
-                    spike_out[spikes++] = column + __builtin_ctzll(fires_bits);
-                if (a.dense) continue;
-                for (; active_bits != 0; active_bits &= active_bits - 1) {
-                    const int bit = __builtin_ctzll(active_bits);
-                    x_out[active] = current[j0 + bit];
-                    active_out[active++] = column + bit;
+                if (columns - j0 < 64) found_bits &= (uint64_t{1} << (columns - j0)) - 1;
+                for (; found_bits != 0; found_bits &= found_bits - 1) {
+                    const int64_t j = j0 + __builtin_ctzll(found_bits);
+                    const int32_t column = first + static_cast<int32_t>(j);
+                    const T x = current[j];
+                    const bool fires = x > T(0);
+                    spike_out[spikes] = column;
+                    spikes += fires;
+                    if (a.is_recurrent) fired_here[fires_here] = column, fires_here += fires;
+                    if (a.dense) continue;
+                    active_out[active] = column, x_out[active] = x;
+                    active += !(std::abs(x) >= b_th);
                 }
             }
             n_fired.get()[s] = fires_here;
@@ -153,10 +176,10 @@ void lif_forward_block(const LifForward<T>& a, const Block& block, int32_t* n_sp
             else
                 n_active[row] = static_cast<int32_t>(active - active_before);
             if (a.v_seq != nullptr) std::memcpy(a.v_seq + at, v_row, row_bytes);
-            if (a.i_seq != nullptr) std::memcpy(a.i_seq + at, SYNAPTIC && discrete ? inflows : i_row, row_bytes);
+            if (a.i_seq != nullptr) std::memcpy(a.i_seq + at, SYNAPTIC && DISCRETE ? inflows : i_row, row_bytes);
             if (keep_drive) std::memcpy(a.drive + at, drives, row_bytes);
             if (a.inflow != nullptr) std::memcpy(a.inflow + at, inflows, row_bytes);
-            if (SYNAPTIC && discrete && t + 1 == a.steps) std::memcpy(i_row, inflows, row_bytes);
+            if (SYNAPTIC && DISCRETE && t + 1 == a.steps) std::memcpy(i_row, inflows, row_bytes);
         }
         found.spikes.advance(spikes);
         found.active.advance(active);
@@ -169,17 +192,20 @@ void lif_forward_block(const LifForward<T>& a, const Block& block, int32_t* n_sp
 template <typename T>
 void lif_forward(const LifForward<T>& a, const Block& block, int32_t* n_spikes, int32_t* n_active, Found<T>& found) {
     const NoDenormals guard;
-    const auto run = [&]<bool SYNAPTIC>() {
-        if (a.reset == kValue)
-            lif_forward_block<T, SYNAPTIC, kValue>(a, block, n_spikes, n_active, found);
-        else if (a.reset == kSubtract)
-            lif_forward_block<T, SYNAPTIC, kSubtract>(a, block, n_spikes, n_active, found);
-        else if (a.reset == kZero)
-            lif_forward_block<T, SYNAPTIC, kZero>(a, block, n_spikes, n_active, found);
+    const auto run = [&]<bool DISCRETE, int RESET>() {
+        if (a.syn_decay != nullptr)
+            lif_forward_block<T, true, DISCRETE, RESET>(a, block, n_spikes, n_active, found);
         else
-            lif_forward_block<T, SYNAPTIC, kNone>(a, block, n_spikes, n_active, found);
+            lif_forward_block<T, false, DISCRETE, RESET>(a, block, n_spikes, n_active, found);
     };
-    return a.syn_decay != nullptr ? run.template operator()<true>() : run.template operator()<false>();
+    if (a.discrete) {
+        if (a.reset == kSubtract) return run.template operator()<true, kSubtract>();
+        if (a.reset == kZero) return run.template operator()<true, kZero>();
+        return run.template operator()<true, kNone>();
+    }
+    if (a.reset == kSubtract) return run.template operator()<false, kSubtract>();
+    if (a.reset == kValue) return run.template operator()<false, kValue>();
+    return run.template operator()<false, kNone>();
 }
 
 // ---- the adjoint ----
@@ -195,10 +221,13 @@ inline bool lif_jumps(const LifBackward<T>& a, const Block& block, int64_t t, in
     const bool back = a.is_recurrent && nonzero && t + 1 < a.steps, reset = a.attached && nonzero;
     const bool comes = active.begin < active.end && (a.grad_x != nullptr || back || reset);
     if (comes) {
+        if (back)
+            dots_of_rows(a.recurrent, int64_t{0}, a.active.indices + active.begin, active.end - active.begin, delta,
+                         a.neurons, false, through);
         for (int64_t e = active.begin; e < active.end; ++e) {
             const int64_t column = a.active.indices[e], j = column - first, k = e - a.active.row_ptr[0];
             T sum = a.grad_x != nullptr ? a.grad_x[k] : T(0);
-            if (back) sum += dot(a.recurrent.data + column * a.recurrent.stride, delta, a.neurons) * a.g[k];
+            if (back) sum += through[e - active.begin] * a.g[k];
             if (reset) {
                 const T jump =
                     a.reset == kValue ? a.reset_to[column] - (a.x[k] + a.threshold[column]) : -a.threshold[column];

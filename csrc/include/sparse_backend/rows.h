@@ -51,13 +51,13 @@ inline void scatter_rows(T* sums, int64_t stride, const int32_t* index, const T*
     }
 }
 
-// Calls f<NV>() for the run-time number of vectors 1 .. kMaxVecs.
-template <typename F, int NV = kMaxVecs>
-inline void with_vecs(int vecs, F&& f) {
-    if constexpr (NV > 1) {
-        if (vecs < NV) return with_vecs<F, NV - 1>(vecs, static_cast<F&&>(f));
+// Calls f<N>() for the run-time number 1 .. N.
+template <int N, typename F>
+inline void with_count(int count, F&& f) {
+    if constexpr (N > 1) {
+        if (count < N) return with_count<N - 1>(count, static_cast<F&&>(f));
     }
-    f.template operator()<NV>();
+    f.template operator()<N>();
 }
 
 // How many of `vecs` vectors to take at once: all that fit into registers, the last two rounds evenly.
@@ -71,7 +71,7 @@ inline void accumulate_rows(const T* start, T* out, const Weight<T>& w, int64_t 
                             const int32_t* index, const T* value, int64_t n) {
     while (vecs > 0) {
         const int now = vecs_at_once(vecs);
-        with_vecs(now, [&]<int NV>() { gather_rows<NV>(start, out, w, column, index, value, n); });
+        with_count<kMaxVecs>(now, [&]<int NV>() { gather_rows<NV>(start, out, w, column, index, value, n); });
         start += now * Vec<T>::width;
         out += now * Vec<T>::width;
         column += now * Vec<T>::width;
@@ -85,28 +85,42 @@ inline void add_outer(T* sums, int64_t stride, int64_t vecs, const int32_t* inde
     if (n == 0) return;
     while (vecs > 0) {
         const int now = vecs_at_once(vecs);
-        with_vecs(now, [&]<int NV>() { scatter_rows<NV>(sums, stride, index, value, n, delta); });
+        with_count<kMaxVecs>(now, [&]<int NV>() { scatter_rows<NV>(sums, stride, index, value, n, delta); });
         sums += now * Vec<T>::width;
         delta += now * Vec<T>::width;
         vecs -= now;
     }
 }
 
-// Dot product of n entries of `a` with a row `b` that is padded with zeros.
-template <typename T>
-inline T dot(const T* a, const T* b, int64_t n) {
+// out = dot products of ROWS rows of a weight, from `column` on, with a row `b` of n columns that is padded with zeros;
+// added to what is there if `adds`. b is read once for all rows.
+template <int ROWS, typename T>
+inline void dot_rows(const Weight<T>& w, int64_t column, const int32_t* index, const T* b, int64_t n, bool adds,
+                     T* out) {
     using V = Vec<T>;
-    V s0 = V::all(T(0)), s1 = s0, s2 = s0, s3 = s0;
+    const T* rows[ROWS];
+    V sums[ROWS];
+    for (int r = 0; r < ROWS; ++r) rows[r] = w.data + index[r] * w.stride + column, sums[r] = V::all(T(0));
     int64_t j = 0;
-    for (; j + 4 * V::width <= n; j += 4 * V::width) {
-        s0 = s0 + V::load(a + j) * V::load(b + j);
-        s1 = s1 + V::load(a + j + V::width) * V::load(b + j + V::width);
-        s2 = s2 + V::load(a + j + 2 * V::width) * V::load(b + j + 2 * V::width);
-        s3 = s3 + V::load(a + j + 3 * V::width) * V::load(b + j + 3 * V::width);
+    for (; j + V::width <= n; j += V::width) {
+        const V of_b = V::load(b + j);
+        for (int r = 0; r < ROWS; ++r) sums[r] = sums[r] + V::load(rows[r] + j) * of_b;
     }
-    for (; j + V::width <= n; j += V::width) s0 = s0 + V::load(a + j) * V::load(b + j);
-    if (j < n) s1 = s1 + V::load(a + j, static_cast<int>(n - j)) * V::load(b + j);
-    return ((s0 + s1) + (s2 + s3)).sum();
+    if (j < n) {
+        const V of_b = V::load(b + j);
+        for (int r = 0; r < ROWS; ++r) sums[r] = sums[r] + V::load(rows[r] + j, static_cast<int>(n - j)) * of_b;
+    }
+    for (int r = 0; r < ROWS; ++r) out[r] = adds ? out[r] + sums[r].sum() : sums[r].sum();
+}
+
+// The same for any number of rows.
+template <typename T>
+inline void dots_of_rows(const Weight<T>& w, int64_t column, const int32_t* index, int64_t rows, const T* b, int64_t n,
+                         bool adds, T* out) {
+    constexpr int kAtOnce = 4;
+    for (int64_t k = 0; k < rows; k += kAtOnce)
+        with_count<kAtOnce>(static_cast<int>(rows - k < kAtOnce ? rows - k : kAtOnce),
+                            [&]<int ROWS>() { dot_rows<ROWS>(w, column, index + k, b, n, adds, out + k); });
 }
 
 struct Span {

@@ -53,6 +53,7 @@ struct Vec<float> {
     friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
     friend Mask operator>(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
     friend Mask inside(Vec a, Vec b) { return _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), b.v, _CMP_NGE_UQ); }
+    friend Mask exceeds(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }
     static Vec where(Mask m, Vec a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
     static Vec where(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
     Mask nonzero() const { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
@@ -78,6 +79,7 @@ struct Vec<double> {
     friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_pd(a.v, b.v)}; }
     friend Mask operator>(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
     friend Mask inside(Vec a, Vec b) { return _mm512_cmp_pd_mask(_mm512_abs_pd(a.v), b.v, _CMP_NGE_UQ); }
+    friend Mask exceeds(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_NLE_UQ); }
     static Vec where(Mask m, Vec a) { return {_mm512_maskz_mov_pd(m, a.v)}; }
     static Vec where(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_pd(m, b.v, a.v)}; }
     Mask nonzero() const { return _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NEQ_UQ); }
@@ -130,6 +132,7 @@ struct Vec {
     friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
     friend Mask operator>(Vec a, Vec b) { return a.v > b.v; }
     friend Mask inside(Vec a, Vec b) { return ~((a.v >= b.v) | (-a.v >= b.v)); }
+    friend Mask exceeds(Vec a, Vec b) { return ~(a.v <= b.v); }
     static Vec where(Mask m, Vec a) { return {reinterpret_cast<Native>(reinterpret_cast<Mask>(a.v) & m)}; }
     static Vec where(Mask m, Vec a, Vec b) {
         return {reinterpret_cast<Native>((reinterpret_cast<Mask>(a.v) & m) | (reinterpret_cast<Mask>(b.v) & ~m))};

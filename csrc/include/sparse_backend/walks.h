@@ -4,6 +4,8 @@
 // of the block, from the block's first column on, in one order of (t, b).
 #pragma once
 
+#include <algorithm>
+
 #include "sparse_backend/rows.h"
 
 namespace sparse_backend {
@@ -26,10 +28,11 @@ void rows_of_walk(int64_t batch, int64_t neurons, const Block& group, int64_t co
                 std::memcpy(delta_out + row * neurons + column, delta, static_cast<size_t>(columns) * sizeof(T));
             if (out == nullptr) return;
             const Span span = row_of(wanted, row);
-            for (int64_t e = span.begin; e < span.end; ++e) {
-                const T part = nonzero ? dot(w.data + wanted.indices[e] * w.stride + column, delta, columns) : T(0);
-                out[e] = column == 0 ? part : out[e] + part;
-            }
+            if (nonzero)
+                dots_of_rows(w, column, wanted.indices + span.begin, span.end - span.begin, delta, columns, column > 0,
+                             out + span.begin);
+            else if (column == 0)
+                std::fill(out + span.begin, out + span.end, T(0));
         });
     }
 }
