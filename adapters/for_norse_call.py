@@ -60,16 +60,18 @@ class Call(NamedTuple):
             output, v_seq = shaped(result.spikes, self.current.shape), result.v_seq
         if record_states:
             sequence = self.current.shape
+            v_seq = v_seq if self.kind.spikes else v_seq.clone()  # Norse's output and states are two tensors here
             states = {"v": shaped(v_seq, sequence), "i": shaped(result.i_seq, sequence)}
         else:
-            states = {"v": shaped(result.v_last, shape), "i": shaped(result.i_last, shape)}
+            readout = steps is None and not self.kind.spikes  # a cell's, whose output is its state
+            states = {"v": output if readout else shaped(result.v_last, shape), "i": shaped(result.i_last, shape)}
             layer.last_mem = weakref.ref(states["v"])
         if not self.kind.synaptic:
             del states["i"]
         elif not self.current_learns():
             states["i"] = states["i"].detach()
         if self.kind.recurrent:
-            states["z"] = output if steps is None or record_states else _last(output, shape)
+            states["z"] = output if steps is None else _copy(output) if record_states else _last(output, shape)
         return output, self.kind.state(**states)
 
     def run_engine(self, layer: LayerState, keep_states: bool) -> LIFResult | LIResult:
@@ -252,6 +254,10 @@ def shaped(x: Any, shape: torch.Size) -> Any:
     if type(x) is EventTensor:
         return x if x.shape == shape else x.reshaped(shape)
     return x if x is None or (x.shape == shape and not x._is_view()) else _unsafe_view(x, shape)
+
+
+def _copy(spikes: Any) -> Any:
+    return spikes.reshaped(spikes.shape) if type(spikes) is EventTensor and spikes.is_events else spikes.clone()
 
 
 def _last(spikes: Any, shape: torch.Size) -> Any:

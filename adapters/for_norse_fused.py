@@ -100,10 +100,8 @@ def _record_first(
         if isinstance(ref, Tensor) and not isinstance(ref, TensorLike) and not of_norse:
             into.watch(ref)
         starts.append(ref)
-    ref = into.input_ref(current)
-    if type(current) is Tensor:
-        into.watch(current)
-    elif type(ref) is tuple and all([type(start) is tuple for start in starts]):
+    ref = into.tensor_ref(site, current) if type(current) is Tensor else into.input_ref(current)
+    if type(ref) is tuple and all([type(start) is tuple for start in starts]):
         site.input_spec, site.state_specs = current.spec, tuple([part.spec for part in states])
         into.hold(layer, site)
     return site.add((ref,), tuple(starts))
@@ -153,8 +151,8 @@ class CellSite(NeuronSite):
         """Whether a module is as it was. What is written into its parameters is seen when the recorded calls run."""
         own = module.__dict__
         return (
-            own["p"] is self._p
-            and own["dt"] is self._dt
+            module.p is self._p
+            and module.dt is self._dt
             and own.get("activation", self._activation) is self._activation
             and (self._recurrent is None or self._multiplies_as(module))
         )

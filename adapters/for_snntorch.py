@@ -23,7 +23,7 @@ from sparse_backend.deferred import DeferredCurrent, unusual
 from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.execute import can_trace, run_leaky, run_leaky_traced
 from sparse_backend.execute_lif import run_lif_traced
-from sparse_backend.tensorlike import TensorLike
+from sparse_backend.tensorlike import TensorLike, under_saved_tensor_hooks
 from sparse_backend.timefusion import recorder
 
 from .for_snntorch_fused import record
@@ -40,7 +40,7 @@ from .for_snntorch_plan import (
 )
 from .for_snntorch_synaptic import call_now
 from .for_snntorch_synaptic_fused import record as record_synaptic
-from .shared import count, goes_dense, own_forward, run_own_forward, taken, under_saved_tensor_hooks
+from .shared import count, goes_dense, own_forward, run_own_forward, taken
 
 __all__ = [
     "CONTAINERS",

@@ -14,12 +14,12 @@ from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent, unusual
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute import run_leaky
-from sparse_backend.tensorlike import TensorLike, learns_of
+from sparse_backend.tensorlike import TensorLike, learns_of, under_saved_tensor_hooks
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite
 
 from .for_snntorch_plan import make_plan, neuron_of, parts_of, same_objects, versions_of
-from .shared import count, goes_dense, taken, under_saved_tensor_hooks
+from .shared import count, goes_dense, taken
 
 _ZEROS = object()  #: the state of a layer that begins
 
@@ -95,10 +95,8 @@ def _record_first(
         site = into.sites[key] = _site(into, state, plan)
     learns = torch.is_grad_enabled() and (site.learns or learns_of(input_) or learns_of(before))
     site.outputs(input_.device, (shape, site.spike_dtype, learns), (shape, dtype, learns))
-    ref = into.input_ref(input_)
-    if kind is Tensor:
-        into.watch(input_)
-    elif type(ref) is tuple and type(start) is tuple:
+    ref = into.tensor_ref(site, input_) if kind is Tensor else into.input_ref(input_)
+    if type(ref) is tuple and type(start) is tuple:
         site.input_spec, site.state_specs = input_.spec, (before.spec,)
         into.hold(state, site)
     into.put_back[module] = functools.partial(put_back, module, state, ("mem",))

@@ -16,7 +16,7 @@ from sparse_backend import autocasting, policy
 from sparse_backend.deferred import DeferredCurrent, WeightHub, unusual
 from sparse_backend.enabling import LayerState
 from sparse_backend.execute_lif import LIFResult, run_lif
-from sparse_backend.tensorlike import learns_of
+from sparse_backend.tensorlike import learns_of, under_saved_tensor_hooks
 from sparse_backend.timefusion.sites import dense
 
 from .for_snntorch_plan import (
@@ -25,7 +25,7 @@ from .for_snntorch_plan import (
     SynapticPlan,
     synaptic_plan_for,
 )
-from .shared import count, goes_dense, run_own_forward, taken, under_saved_tensor_hooks
+from .shared import count, goes_dense, run_own_forward, taken
 
 
 def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tuple[Any, ...]) -> Any:

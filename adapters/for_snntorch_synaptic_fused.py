@@ -12,7 +12,7 @@ from sparse_backend import autocasting, policy, surrogate
 from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent, is_finite, unusual
 from sparse_backend.enabling import LayerState
-from sparse_backend.tensorlike import TensorLike, learns_of
+from sparse_backend.tensorlike import TensorLike, learns_of, under_saved_tensor_hooks
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite, dense
 
@@ -26,7 +26,7 @@ from .for_snntorch_plan import (
     synaptic_plan_for,
 )
 from .for_snntorch_synaptic import current_learns, handed_out, run, run_step, shaped
-from .shared import taken, under_saved_tensor_hooks
+from .shared import taken
 
 _ZEROS = object()  #: the state of a layer that begins
 
@@ -118,10 +118,8 @@ def _record_first(
         syn_learns = recording and current_learns(plan, input_, before[kind.states.index("syn")])
     specs = {"spk": (shape, site.spike_dtype, learns), "syn": (shape, dtype, syn_learns), "mem": (shape, dtype, learns)}
     site.outputs(device, *(specs[name] for name in kind.outputs))
-    ref = into.input_ref(input_)
-    if what is Tensor:
-        into.watch(input_)
-    elif type(ref) is tuple and all([type(start) is tuple for start in starts]):
+    ref = into.tensor_ref(site, input_) if what is Tensor else into.input_ref(input_)
+    if type(ref) is tuple and all([type(start) is tuple for start in starts]):
         site.input_spec, site.state_specs = input_.spec, tuple([part.spec for part in before])
         into.hold(state, site)
     into.put_back[module] = functools.partial(put_back, module, state, kind.states)

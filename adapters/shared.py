@@ -15,7 +15,7 @@ from sparse_backend import autocasting, convolution, policy
 from sparse_backend.deferred import DeferredCurrent, WeightCache, defer, is_finite, unusual
 from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.events import EventTensor
-from sparse_backend.tensorlike import TensorLike
+from sparse_backend.tensorlike import TensorLike, under_saved_tensor_hooks
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.functions import record_convolution
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, use
@@ -23,11 +23,6 @@ from sparse_backend.timefusion.sites import LinearSite, dense, once
 
 _FLOATS = (torch.float32, torch.float64)
 _SKIP_FIRST, _SKIP_MOST = 16, 1024
-
-
-def under_saved_tensor_hooks() -> bool:
-    """Whether a checkpoint may run this forward again: then nothing may depend on what was called before."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def own_forward(module: Any) -> Any:

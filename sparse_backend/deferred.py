@@ -118,9 +118,8 @@ class WeightCache:
     @staticmethod
     def _now(weight: Tensor, bias: Tensor | None, narrow: torch.dtype | None) -> tuple[Any, ...]:
         mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), narrow
-        if bias is None:
-            return weight._version, weight.requires_grad, *mode
-        return weight._version, weight.requires_grad, *mode, bias._version, bias.requires_grad
+        known = weight._version, weight.requires_grad, weight.data_ptr(), weight.dtype, *mode
+        return known if bias is None else (*known, bias._version, bias.requires_grad, bias.data_ptr())
 
     @property
     def weight(self) -> Tensor | None:
@@ -250,6 +249,8 @@ class DeferredCurrent(TensorLike):
                 )  # fmt: skip
             # Not a view: users detach_() currents as they do any tensor.
             self._dense = flat if flat.shape == self.shape else torch.ops.aten._unsafe_view(flat, self.shape)
+            if self._reader is not None:
+                self._reader.watch(self._dense)
         return self._dense
 
     def __repr__(self) -> str:

@@ -364,6 +364,8 @@ class EventTensor(TensorLike):
                 self._dense = self._make_dense()
             if not self._dense.is_inference():
                 self._dense_version = self._dense._version
+            if self._reader is not None:
+                self._reader.watch(self)
         return self._dense
 
     def _make_dense(self) -> Tensor:

@@ -117,7 +117,7 @@ def _run_sparse(
             handle = torch.where(out.x.detach().abs() < b_th, handle, handle.detach())
         if graded is not None:
             handle = handle * graded
-            values = graded.detach().to(handle.dtype).expand(n_spikes).contiguous()
+            values = graded.detach().to(handle.dtype).repeat(n_spikes)  # a copy: the factor learns
     else:
         dtype = surrogate.spike_dtype(spike_grad, out.x)
     spikes = EventTensor(
@@ -215,7 +215,7 @@ def run_leaky_traced(
     values = None
     if graded is not None:
         handle = handle * graded
-        values = graded.detach().to(handle.dtype).expand(out.spike_indices.shape).contiguous()
+        values = graded.detach().to(handle.dtype).repeat(out.spike_indices.shape)
     spikes = events_to_dense(
         handle, out.spike_ptr, out.spike_indices, values, out.active_ptr, out.active_indices, current.shape[1]
     )

@@ -68,6 +68,8 @@ def run_lif(
     b_th is infinite, or if more than `max_active` of all entries are active.
     """
     _native.load()
+    if recurrent is not None and z is None and shape[0] == 1 and torch.is_grad_enabled() and recurrent.requires_grad:
+        z = recurrent.detach().new_zeros(shape[1:])  # their gradient is zeros, not absent
     from_spikes = None if recurrent is None or z is None else _from_spikes(z, recurrent)
     i = _joining_first(neuron, shape, i, inflow, from_spikes)
     if shape[0] == 1:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_backend.tensorlike import under_saved_tensor_hooks
+
 #: share of the surrogate's mass that b_th="auto" keeps: what the paper's b_th = 0.2 keeps of fast_sigmoid(slope=100)
 AUTO_MASS = 0.95
 
@@ -23,7 +25,7 @@ SpikeGrad = Callable[[Tensor], Tensor]
 
 def _own_graph() -> Any:
     """A graph that is made and used here alone: no checkpoint around it may answer its saved tensors."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if not under_saved_tensor_hooks():
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 

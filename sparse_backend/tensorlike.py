@@ -65,6 +65,11 @@ def _mutates(name: str) -> bool:
     return name in _IN_PLACE or name in _DENSE_FROM_NOW_ON or (name.endswith("_") and not name.endswith("__"))
 
 
+def under_saved_tensor_hooks() -> bool:
+    """Whether a checkpoint may run this forward again: then nothing may depend on what was called before."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 @contextmanager
 def outside_saved_tensor_hooks(wanted: Any = None) -> Iterator[None]:
     """Torch without the saved-tensor hooks entered since `wanted` were the innermost; with none by default. A stand-in
@@ -91,6 +96,7 @@ class TensorLike(Tensor):
     learns: bool  #: whether gradients flow to where it comes from
     _dense_only = False  #: the sparse form is not used any more
     _embodied = False  #: the dense form is what C++ code sees
+    _reader: Any = None  #: the recording of time fusion with calls that have yet to read it
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # Requiring grad, so that C++ code which records a gradient for it fails in the backward (sizes differ)
@@ -105,7 +111,10 @@ class TensorLike(Tensor):
         return None
 
     def dense_from_now_on(self) -> Tensor:
-        """The dense form, after which the sparse one is never used again: someone may write to it or watch it."""
+        """The dense form, after which the sparse one is never used again: someone may write to it or watch it. Calls
+        recorded before that read what it is now."""
+        if self._reader is not None:
+            self._reader.flush(forced=True)
         tensor = self.to_dense()
         self._dense_only = True
         return tensor

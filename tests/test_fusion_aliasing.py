@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fusion_loops import BATCH, HIDDEN, INPUTS, STEPS, Net, check, frames, net_of, recorded, wake
+from fusion_loops import BATCH, HIDDEN, INPUTS, STEPS, Net, check, frames, net_of, recorded, same_values, wake
 from helpers import assert_close
 from pairs import WAYS, Way, enabled
 from torch import Tensor, nn
@@ -255,3 +255,95 @@ def test_evaluated_in_inference_mode_and_trained_on_the_same_input(way: Way) -> 
             net(data).sum().backward()
             assert isinstance(data, (Tensor, TensorLike))
     assert all(isinstance(p, nn.Parameter) and p.grad is not None for p in net.fc1.parameters())
+
+
+#: writes to a current after a neuron has taken it
+AFTERWARDS: dict[str, Callable[[Any], Any]] = {
+    "+=": lambda cur: cur.__iadd__(1.0),
+    "an entry": lambda cur: cur.__setitem__(0, 2.0),
+    "zeros": lambda cur: cur.zero_(),
+    "relu": lambda cur: torch.relu_(cur),
+    "copy": lambda cur: cur.copy_(torch.ones_like(cur)),
+    "looked at before": lambda cur: (cur.sum().item(), cur.mul_(0.0)),
+}
+
+
+@pytest.mark.parametrize("write", AFTERWARDS)
+def test_a_current_of_events_written_to_after_a_neuron_took_it(way: Way, write: str) -> None:
+    """Whose Linear is not recorded, since its input is no slice."""
+
+    def loop(net: Net, x: Any) -> Any:
+        mem1, mem2, out = net.lif1.reset_mem(), net.lif2.reset_mem(), []
+        for t in range(len(x)):
+            current = net.fc1(x[t].clone())
+            _spk, mem1 = net.lif1(current, mem1)
+            AFTERWARDS[write](current)
+            spk, mem2 = net.lif2(current, mem2)
+            out.append(spk + mem1)
+        return torch.stack(out), mem2
+
+    check(way, loop, frames(density=0.12))
+
+
+def test_a_current_of_events_written_to_through_a_view() -> None:
+    def loop(net: Net, x: Any) -> Any:
+        mem = net.lif1.reset_mem()
+        for t in range(len(x)):
+            current = net.fc1(x[t].clone())
+            _spk, mem = net.lif1(current, mem)
+            current.t()[0] *= 2
+        return mem
+
+    net = enabled(net_of(loop), WAYS["band as events"])
+    with pytest.raises(RuntimeError, match="was changed in place after a recorded call"):
+        net(frames(density=0.12))
+
+
+def test_events_written_to_after_a_linear_layer_took_them(way: Way) -> None:
+    """Without gradients, of which torch's own linear layer would say that they need the input."""
+
+    def loop(net: Net, x: Any) -> Any:
+        mem, out = net.lif1.reset_mem(), []
+        whole = sparse_backend.EventTensor.from_dense(x) if hasattr(net, "_sparse_backend") else x
+        for t in range(STEPS):
+            step = whole[t].clone() if whole is x else whole[t]
+            spk, mem = net.lif1(net.fc1(step), mem)
+            step.mul_(0.5)
+            out.append(spk + net.fc1(step).mean())
+        return torch.stack(out), mem
+
+    same_values(way, loop)
+
+
+@pytest.mark.parametrize("refilled", ["buffer", "an alias", "two buffers", "of what learns"])
+def test_a_neurons_own_input_buffer_refilled_at_every_step(way: Way, refilled: str) -> None:
+    def loop(net: Net, x: Any) -> Any:
+        mem, out = net.lif1.reset_mem(), []
+        buffers = [
+            torch.zeros(BATCH, HIDDEN, dtype=torch.float64) for _ in range(2 if refilled == "two buffers" else 1)
+        ]
+        for t in range(STEPS):
+            current = x[t, :, :HIDDEN] * (1.5 + 0.1 * t)
+            if refilled == "of what learns":
+                current = current * net.fc1.bias
+            buffer = buffers[t % len(buffers)].copy_(current)
+            spk, mem = net.lif1(buffer.detach() if refilled == "an alias" else buffer, mem)
+            out.append(spk * net.fc2.bias)
+        return torch.stack(out), mem
+
+    if refilled == "two buffers":
+        with pytest.raises(RuntimeError, match="was changed in place"):
+            check(way, loop)
+    else:
+        check(way, loop, fuses=STEPS)
+
+
+def test_the_same_dense_current_at_every_step(way: Way) -> None:
+    def loop(net: Net, x: Any) -> Any:
+        mem, out, current = net.lif1.reset_mem(), [], torch.tanh(net.fc1.weight[:, :BATCH].t() + 1)
+        for _ in range(STEPS):
+            spk, mem = net.lif1(current, mem)
+            out.append(spk)
+        return torch.stack(out), mem
+
+    check(way, loop, fuses=STEPS)

@@ -342,17 +342,20 @@ def test_a_layer_without_inputs_gets_its_bias(layout, neurons):
 
 
 def test_strided_arguments():
-    """All floats as views of something larger but coefficients, which come contiguous, as do events."""
+    """All floats as views of something larger; events come contiguous."""
     current = normal((5, 3, 18), 1)
     neuron = make_neuron(18, 3, F64, recurrent=True)
     kept = Options(True, True, True)
-    strided = neuron._replace(v=spread(neuron.v), i=spread(neuron.i), recurrent=lay_out(neuron.recurrent, "strided"))
+    strided = neuron._replace(recurrent=lay_out(neuron.recurrent, "strided"), **{
+        name: spread(getattr(neuron, name)) for name in (*COEFFICIENTS, "v", "i")
+    })  # fmt: skip
     out = lif_ops.lif(spread(current), *strided, *kept)
     out = compare_forward(out, lif_twins.lif(current, *neuron, *kept), F64, False)
     neuron = neuron._replace(g=normal(out.x.shape, 5).abs())
     grads = [normal(part.shape, 6 + k) for k, part in enumerate(out[:5])]
     rest = (*lif_ops.saved_for_backward(out, neuron, 255), *lif_ops.sizes_of((5, 3, 18), neuron, 255))
-    ours = lif_ops.lif_backward(*map(spread, grads), *spread_floats(rest[:8]), *rest[8:])
+    tensors = sum(part is None or isinstance(part, Tensor) for part in rest)
+    ours = lif_ops.lif_backward(*map(spread, grads), *spread_floats(rest[:tensors]), *rest[tensors:])
     compare_backward(ours, lif_twins.lif_backward(*grads, *rest), ("current", *NEEDS))
 
 

@@ -1345,3 +1345,115 @@ def test_a_threshold_that_follows_the_activity(fuse_time, tau):
         results.append((as_tensor(out).detach(), net.fc.weight.grad, net.p.v_th.clone()))
     for one, other in zip(*results, strict=True):
         assert_close(one, other)
+
+
+# Who shares memory with whom, and what has a gradient, as in Norse.
+
+
+@pytest.mark.parametrize("fuse_time", [True, False])
+@pytest.mark.parametrize("cell", ["LICell", "LIBoxCell", "LILinearCell", "LIFRecurrentCell"])
+def test_what_is_written_to_an_output_is_written_to_the_state_it_is(cell, fuse_time):
+    def run(enable):
+        torch.manual_seed(0)
+        own = cell in ("LILinearCell", "LIFRecurrentCell")
+        neuron = [getattr(norse, cell)(4, 3)] if own else [nn.Linear(4, 3), getattr(norse, cell)()]
+        written = nn.Dropout(0.5, inplace=True) if cell == "LIFRecurrentCell" else nn.ReLU(inplace=True)
+        net, state, out = norse.SequentialState(*neuron, written), None, []
+        if enable:
+            sparse_backend.enable(net, b_th=INF, fuse_time=fuse_time)
+        for step in 3 * normal((6, 2, 4), 0, F32):
+            y, state = net(step, state)
+            out.append(y)
+        out = [*out, *(part for states in state if states is not None for part in states)]
+        return out, gradients_of(net, out)
+
+    ours, stock = run(True), run(False)
+    assert_same_tree(ours[0], stock[0])
+    assert_same_gradients(ours[1], stock[1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: norse.LI(record_states=True), lambda: norse.LIFRecurrent(3, 3, record_states=True)]
+)
+def test_recorded_states_are_not_the_output(make):
+    torch.manual_seed(0)
+    layer = sparse_backend.enable(make(), b_th=0.2)
+    with torch.no_grad():
+        if type(layer) is norse.LIFRecurrent:
+            layer.input_weights.fill_(1)
+        out, states = layer(30 * torch.ones(4, 1, 3))
+        recorded = states.v if type(layer) is norse.LI else states.z
+        before = as_tensor(recorded).clone()
+        assert bool(before.any())
+        out.zero_()
+    assert_close(as_tensor(recorded), before)
+
+
+class Parameters(nn.Module):
+    """Norse's docstrings: p, "a torch Module"."""
+
+    def __init__(self):
+        super().__init__()
+        for name, value in norse.LIFParameters()._asdict().items():
+            setattr(self, name, nn.Parameter(value.clone()) if isinstance(value, torch.Tensor) else value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"p": Parameters}, {"dt": lambda: nn.Parameter(torch.tensor(0.001))}], ids=["p", "dt"]
+)
+def test_settings_that_are_a_module_or_a_parameter(options):
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.Linear(6, 5), norse.LIFCell(**{name: make() for name, make in options.items()})])
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = net
+
+        def forward(self, x):
+            state, out = None, []
+            for step in x:
+                z, state = self.layers[1](5 * self.layers[0](step), state)
+                out.append(z)
+            return torch.stack(out), state.v
+
+    judge(Loop(), lambda m: m(torch.ones(5, 2, 6)))
+
+
+@pytest.mark.parametrize("net", [small_net, cells_net])
+def test_another_dtype_after_a_first_call(net):
+    net, x = sparse_backend.enable(net(), b_th=0.3), small_input()
+    x = x if any(type(m) is norse.LIF for m in net) else x[0]
+    with sparse_always():
+        net(x)
+        assert net.double()(x.double())[0].dtype is F64
+        assert net.float()(x)[0].dtype is F32
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, sparse_backend.fuse_time])
+def test_each_step_of_a_loop_in_a_checkpoint_of_its_own(around):
+    p = norse.LIFParameters(v_th=torch.tensor(0.3), tau_mem_inv=torch.tensor(400.0))
+    for seed in range(6):
+        torch.manual_seed(seed)
+        net, total, state = (
+            sparse_backend.enable(norse.SequentialState(norse.LIFRecurrentCell(6, 5, p)), b_th=0.3),
+            0,
+            None,
+        )
+        with around() if around is contextlib.nullcontext else around(net):
+            for step in (torch.rand(8, 3, 6) < 0.3).float():
+                z, state = torch.utils.checkpoint.checkpoint(
+                    lambda x, s, net=net: net(x, s and list(s)), step, state, use_reentrant=False
+                )
+                total = total + z
+        total.sum().backward()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_recurrent_weights_have_a_gradient_after_one_step_too(steps):
+    torch.manual_seed(0)
+    x = torch.rand(steps, 2, 4)
+    judge(norse.LIFRecurrent(4, 3), lambda m: m(x)[0], INF)
+    net = sparse_backend.enable(norse.LIFRecurrent(4, 3), b_th=0.2)
+    net(x)[0].sum().backward()
+    assert net.recurrent_weights.grad is not None

@@ -557,30 +557,35 @@ def test_no_active_entry_is_not_too_many():
 
 
 def test_strided_arguments():
-    """All floats as views of something larger but parameters, which come contiguous, as do events."""
+    """All floats as views of something larger; events come contiguous."""
     current, mem = normal((5, 3, 18), 1), normal((3, 18), 2)
     beta, threshold = parameter("beta", True, 18, 3, F64), parameter("threshold", True, 18, 4, F64)
     options = (CODES["zero"], False, 0.5, True, True, True, False, 1.0)
-    args = (spread(current), beta, threshold, spread(mem), None, *options)
+    args = (spread(current), spread(beta), spread(threshold), spread(mem), None, *options)
     out = compare_forward(leaky_ops.leaky(*args), leaky_twins.leaky(current, beta, threshold, mem, None, *options), F64)
     g, grads = normal(out.x.shape, 5), (normal(out.x.shape, 6), normal((3, 18), 7), normal((5, 3, 18), 8))
     saved = leaky_ops.saved_for_backward(out, beta, threshold, mem, g, CODES["zero"], False, True, True)
     rest = (5, 3, 18, CODES["zero"], False, True, True, True)
-    ours = leaky_ops.leaky_backward(*map(spread, grads), *spread_floats(saved[:-2]), *saved[-2:], *rest)
+    ours = leaky_ops.leaky_backward(*map(spread, grads), *spread_floats(saved), *rest)
     equal(ours, leaky_twins.leaky_backward(*grads, *saved, *rest), "backward")
 
     args = (beta, threshold, mem, None, CODES["zero"], False, 0.5, True)
     x, _, mem_seq = leaky_dense_ops.leaky_dense(current, *args)
     grads, saved = (normal((5, 3, 18), 6), *grads[1:]), (x, normal((5, 3, 18), 5), mem_seq, mem)
-    rest = (beta, threshold, 5, 3, 18, CODES["zero"], False, 0.5, True, True, True)
+    rest = (5, 3, 18, CODES["zero"], False, 0.5, True, True, True)
+    saved = (*saved, beta, threshold)
     ours = leaky_dense_ops.leaky_dense_backward(*map(spread, grads), *map(spread, saved), *rest)
     equal(ours, leaky_twins.leaky_dense_backward(*grads, *saved, *rest), "dense backward")
 
     x = make_events(15, 40, 0.2, 9, F64, graded=True)
     weight = normal((18, 40), 10, scale=0.3)
-    args = (None, None, None, lay_out(weight, "strided"), None, beta, threshold, spread(mem), None, None, 0, 5, 3)
+    neuron = (spread(normal((18,), 11)), spread(beta), spread(threshold), spread(mem))
+    args = (None, None, None, lay_out(weight, "strided"), *neuron, None, None, 0, 5, 3)
     ours = linear_leaky_ops.linear_leaky(*x[1:], *args, *options)
     compare_forward(ours, linear_leaky_twins.linear_leaky(*x[1:], *args, *options), F64)
+    one_for_all = normal((), 12).expand(18)
+    ours = event_linear_ops.event_linear(*x[1:], None, None, None, weight, one_for_all, None, 0)
+    torch.testing.assert_close(ours, torch.nn.functional.linear(x.dense, weight, one_for_all))
 
 
 def spread(tensor: Tensor | None) -> Tensor | None:

@@ -1120,3 +1120,79 @@ def test_nan_and_inf_come_out_where_stock_has_them(where, b_th):
 def test_the_engine_is_not_imported_by_a_framework_and_imports_none():
     assert for_snntorch.is_neuron(snn.Synaptic(alpha=0.9, beta=0.9))
     assert not for_snntorch.is_neuron(nn.Linear(1, 1))
+
+
+# What has a gradient, and what is a copy, as in snnTorch.
+
+
+@pytest.mark.parametrize("fuse_time", [True, False])
+@pytest.mark.parametrize("b_th", [0.2, INF])
+@pytest.mark.parametrize("reset", ["zero", "none", "subtract"])
+@pytest.mark.parametrize(
+    "make", [snn.Leaky, lambda **options: snn.Synaptic(alpha=0.8, **options)], ids=["Leaky", "Synaptic"]
+)
+def test_a_threshold_that_nothing_depends_on_has_no_gradient(make, reset, b_th, fuse_time):
+    """A membrane that is reset to zero, or never, does not depend on it: of zeros, weight decay would move it."""
+
+    def run(enable):
+        torch.manual_seed(0)
+        neuron = make(beta=0.9, learn_threshold=True, reset_mechanism=reset, init_hidden=True, output=True)
+        net = nn.Sequential(nn.Linear(3, 3), neuron)
+        if enable:
+            sparse_backend.enable(net, b_th=b_th, fuse_time=fuse_time)
+        for _ in range(3):
+            mem = net(torch.full((2, 3), 3.0))[-1]
+        mem.sum().backward()
+        return neuron.threshold.grad
+
+    ours, stock = run(True), run(False)
+    assert (ours is None) is (stock is None) is (reset != "subtract")
+    if stock is not None:
+        assert_close(ours, stock, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spikes", [1, 3])
+def test_graded_spikes_keep_the_factor_they_were_made_with(spikes):
+    lif = snn.Leaky(
+        beta=0.9, graded_spikes_factor=1.5, learn_graded_spikes_factor=True, init_hidden=True, spike_grad=steep
+    )  # fmt: skip
+    net = sparse_backend.enable(nn.Sequential(nn.Identity(), lif), b_th=0.2)
+    current = torch.zeros(1, 10)
+    current[0, :spikes] = 2.0
+    out = net(current)
+    with torch.no_grad():
+        lif.graded_spikes_factor.fill_(7.0)
+    assert out.max().item() == 1.5
+
+
+@pytest.mark.parametrize("fuse_time", [True, False])
+def test_parameters_that_are_not_contiguous(fuse_time):
+    def column(size):
+        return nn.Parameter((torch.rand(size, 2, dtype=torch.float64) * 0.5 + 0.3)[:, 0])
+
+    class Net(nn.Module):
+        def __init__(self, spike_grad):
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc = nn.Linear(12, 9).double()
+            self.fc.weight, self.fc.bias = nn.Parameter(torch.rand(12, 9).double().t() * 0.3), column(9)
+            self.lif = snn.Leaky(beta=0.9, learn_beta=True, learn_threshold=True, spike_grad=spike_grad)
+            self.lif.beta, self.lif.threshold = column(9), column(9)
+            self.weight, self.one = nn.Parameter(torch.rand(5, 9).double()), nn.Parameter(torch.rand(1).double())
+
+        def forward(self, x):
+            mem, out = self.lif.reset_mem(), []
+            for step in x:
+                spk, mem = self.lif(self.fc(step), mem)
+                out.append(torch.nn.functional.linear(spk, self.weight, self.one.expand(5)))
+            return torch.stack(out), mem
+
+    x = (torch.rand(6, 4, 12, generator=torch.Generator().manual_seed(0)) < 0.2).double()
+    surrogate, results = fast_sigmoid(5.0), []
+    for net in (Net(masked(surrogate, 0.3)), sparse_backend.enable(Net(surrogate), b_th=0.3, fuse_time=fuse_time)):
+        assert not (net.fc.bias.is_contiguous() or net.lif.beta.is_contiguous())
+        out, mem = net(x)
+        (out.sum() + mem.square().sum()).backward()
+        results.append((out, mem, *(p.grad for p in net.parameters())))
+    for ours, stock in zip(*results, strict=True):
+        assert_close(ours, stock)

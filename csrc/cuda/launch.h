@@ -43,7 +43,7 @@ struct StoredWeight {
 template <typename T>
 struct PerNeuron {
     const T* data = nullptr;
-    int64_t stride = 0;  // 0 or 1
+    int64_t stride = 0;  // 0: one entry for all
 };
 
 // ---- device ----

@@ -64,11 +64,18 @@ class Device {
 
     template <typename T>
     const T* read(const Tensor& tensor, const char* name) const {
+        STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+        return read<T>(tensor, tensor.numel(), name);
+    }
+    // As many entries as there are from its first to its last.
+    template <typename T>
+    const T* read(const Tensor& tensor, [[maybe_unused]] int64_t entries, const char* name) const {
         expect_here(tensor, name);
         STD_TORCH_CHECK(tensor.scalar_type() == scalar_type<T>(), name,
                         ": expected a tensor of the other tensors' dtype");
-        STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
-        return write<T>(tensor);
+        auto* data = static_cast<T*>(tensor.data_ptr());
+        SPARSE_BACKEND_ANNOUNCE(data, static_cast<size_t>(entries) * sizeof(T));
+        return data;
     }
     template <typename T>
     const T* read(const MaybeTensor& tensor, const char* name) const {
@@ -144,13 +151,17 @@ template <typename T>
 PerNeuron<T> per_neuron(const Device& on, const Tensor& tensor, int64_t neurons, const char* name) {
     STD_TORCH_CHECK(tensor.numel() == 1 || tensor.numel() == neurons, name, ": expected one entry or ", neurons,
                     ", got ", tensor.numel());
-    return {on.read<T>(tensor, name), tensor.numel() == 1 ? 0 : 1};
+    if (tensor.numel() == 1) return {on.read<T>(tensor, 1, name), 0};
+    if (tensor.dim() != 1 || neurons == 0) return {on.read<T>(tensor, name), 1};
+    const int64_t stride = tensor.stride(0);
+    return {on.read<T>(tensor, (neurons - 1) * stride + 1, name), stride};
 }
 
 template <typename T>
-const T* read_bias(const Device& on, const MaybeTensor& bias, int64_t neurons) {
+const T* read_bias(const Device& on, MaybeTensor& bias, int64_t neurons) {
     STD_TORCH_CHECK(!bias.has_value() || bias->numel() == neurons, "bias: expected ", neurons, " entries, got ",
                     bias.has_value() ? bias->numel() : 0);
+    bias = contiguous(bias);
     return on.read<T>(bias, "bias");
 }
 

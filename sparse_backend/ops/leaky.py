@@ -141,6 +141,12 @@ def like_parameter(grad: Tensor, parameter: Tensor) -> Tensor:
     return grad.view_as(parameter) if parameter.numel() == grad.numel() else grad.sum().view_as(parameter)
 
 
+def reaches_threshold(grad_x: Tensor | None, reset: int, reset_delay: bool) -> bool:
+    """Whether gradients have a way to the threshold: through spikes, or a reset that depends on it. Where they have
+    none its gradient is absent, as in torch, and an optimiser leaves it alone."""
+    return grad_x is not None or reset == SUBTRACT or (reset == ZERO and not reset_delay)
+
+
 def mark_non_differentiable(ctx: Any, out: LeakyOutput) -> None:
     ctx.mark_non_differentiable(*(out[3:] if out.mem_seq.dim() == 3 else out[2:]))
 
@@ -159,12 +165,13 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad_x: Any, grad_mem_last: Any, grad_mem_seq: Any, *_: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     beta, threshold = saved[-2:]
-    need_mem, need_beta, need_threshold = ctx.sizes[-3:]
+    reset, reset_delay, need_mem, need_beta, need_threshold = ctx.sizes[-5:]
+    reached = need_threshold and reaches_threshold(grad_x, reset, reset_delay)
     delta, grad_mem, grad_beta, grad_threshold = leaky_backward(grad_x, grad_mem_last, grad_mem_seq, *saved, *ctx.sizes)
     return (
         delta,
         like_parameter(grad_beta, beta) if need_beta else None,
-        like_parameter(grad_threshold, threshold) if need_threshold else None,
+        like_parameter(grad_threshold, threshold) if reached else None,
         grad_mem if need_mem else None,
         *(None,) * 9,
     )

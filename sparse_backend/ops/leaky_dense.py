@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_backend.ops._library import autograd, define
-from sparse_backend.ops.leaky import NONE, SUBTRACT, ZERO, like_parameter
+from sparse_backend.ops.leaky import NONE, SUBTRACT, ZERO, like_parameter, reaches_threshold
 from sparse_backend.reference import leaky as reference
 
 
@@ -81,14 +81,15 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad_x: Any, grad_mem_last: Any, grad_mem_seq: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     beta, threshold = saved[-2:]
-    need_mem, need_beta, need_threshold = ctx.sizes[-3:]
+    reset, reset_delay, _, need_mem, need_beta, need_threshold = ctx.sizes[-6:]
+    reached = need_threshold and reaches_threshold(grad_x, reset, reset_delay)
     delta, grad_mem, grad_beta, grad_threshold = leaky_dense_backward(
         grad_x, grad_mem_last, grad_mem_seq, *saved, *ctx.sizes
     )
     return (
         delta,
         like_parameter(grad_beta, beta) if need_beta else None,
-        like_parameter(grad_threshold, threshold) if need_threshold else None,
+        like_parameter(grad_threshold, threshold) if reached else None,
         grad_mem if need_mem else None,
         *(None,) * 5,
     )

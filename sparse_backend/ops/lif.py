@@ -191,11 +191,19 @@ def shapes_of(neuron: Neuron) -> tuple[torch.Size | None, ...]:
     return tuple(part.shape if isinstance(part, Tensor) else None for part in neuron)
 
 
-def neuron_grads(shapes: tuple[torch.Size | None, ...], needs: int, grads: Any) -> list[Tensor | None]:
-    """The gradients of `NEEDS` in the order of `Neuron`'s fields and in their shapes, None where not needed."""
+def neuron_grads(ctx: Any, grad_x: Tensor | None, grads: Any) -> list[Tensor | None]:
+    """The gradients of `NEEDS` in the order of `Neuron`'s fields and in their shapes, None where not needed.
+
+    That of the threshold is None too where gradients have no way to it, as in torch: neither through spikes nor through
+    a reset that depends on it. grad_x: what came back through the spikes.
+    """
+    shapes: tuple[torch.Size | None, ...] = ctx.shapes
+    _, _, _, _, reset, _, detached, *_, needs = ctx.sizes
+    by_reset = reset == SUBTRACT or (reset == VALUE and not detached)
+    reached = grad_x is not None or by_reset or shapes[Neuron._fields.index("recurrent")] is not None
     out: list[Tensor | None] = [None] * len(Neuron._fields)
     for k, (at, grad) in enumerate(zip(POSITIONS, grads, strict=True)):
-        if needs >> k & 1:
+        if needs >> k & 1 and (reached or NEEDS[k] != "threshold"):
             shape: Any = shapes[at]
             out[at] = grad.view(shape) if shape.numel() == grad.numel() else grad.sum().view(shape)
     return out
@@ -210,15 +218,15 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     current, neuron = inputs[0], Neuron(*inputs[1:15])
     out = LIFOutput(*output)
     mark_non_differentiable(ctx, out)
-    ctx.needs_of_neuron = needs_of(neuron, ctx.needs_input_grad[1:])
-    ctx.save_for_backward(*saved_for_backward(out, neuron, ctx.needs_of_neuron))
+    needs = needs_of(neuron, ctx.needs_input_grad[1:])
+    ctx.save_for_backward(*saved_for_backward(out, neuron, needs))
     ctx.shapes = shapes_of(neuron)
-    ctx.sizes = sizes_of(current.shape, neuron, ctx.needs_of_neuron)
+    ctx.sizes = sizes_of(current.shape, neuron, needs)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     delta, *of_neuron = lif_backward(*grads[:LEARNING_OUTPUTS], *ctx.saved_tensors, *ctx.sizes)
-    return delta, *neuron_grads(ctx.shapes, ctx.needs_of_neuron, of_neuron), *(None,) * 4
+    return delta, *neuron_grads(ctx, grads[0], of_neuron), *(None,) * 4
 
 
 call_lif = autograd(lif, _setup, _backward, learns=tuple(range(9)), outputs=LEARNING_OUTPUTS)

@@ -22,6 +22,7 @@ from sparse_backend.ops.leaky import (
     leaky_backward,
     like_parameter,
     mark_non_differentiable,
+    reaches_threshold,
     saved_for_backward,
 )
 from sparse_backend.reference import linear_leaky as reference
@@ -112,6 +113,7 @@ def _backward(ctx: Any, grad_x: Any, grad_mem_last: Any, grad_mem_seq: Any, *_: 
     beta, threshold = saved[-2:]
     steps, batch, neurons, reset, reset_delay = ctx.sizes
     need_input, need_weight, need_bias, need_mem, need_beta, need_threshold = ctx.need
+    reached = need_threshold and reaches_threshold(grad_x, reset, reset_delay)
     if ctx.hub is None:
         grads = linear_leaky_backward(
             grad_x, grad_mem_last, grad_mem_seq, *events, weight, *neuron,
@@ -134,7 +136,7 @@ def _backward(ctx: Any, grad_x: Any, grad_mem_last: Any, grad_mem_seq: Any, *_: 
         grad_weight if need_weight else None,
         grad_bias if need_bias else None,
         like_parameter(grad_beta, beta) if need_beta else None,
-        like_parameter(grad_threshold, threshold) if need_threshold else None,
+        like_parameter(grad_threshold, threshold) if reached else None,
         grad_mem if need_mem else None,
         *(None,) * 13,
     )

@@ -84,8 +84,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     gathers = token is not None and asked[8]
     need_input = (1 if in_active_ptr is not None else 2) if handle is not None and asked[3] else 0
     ctx.need = (need_input, asked[6] or gathers, bias is not None and (asked[7] or gathers))
-    ctx.needs_of_neuron = needs_of(neuron, asked[12:])
-    ctx.sizes = sizes_of((steps, batch, weight.shape[0]), neuron, ctx.needs_of_neuron)
+    needs = needs_of(neuron, asked[12:])
+    ctx.sizes = sizes_of((steps, batch, weight.shape[0]), neuron, needs)
     ctx.hub = hub if token is not None else None
     ctx.needs_delta = neuron.dense and neuron.recurrent is not None  # which is multiplied by these weights
     ctx.handle_shape = handle.shape if need_input else None
@@ -99,7 +99,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
         in_active_ptr if need_input else None,
         in_active_indices if need_input else None,
         weight if need_input else None,
-        *saved_for_backward(out, neuron, ctx.needs_of_neuron),
+        *saved_for_backward(out, neuron, needs),
     )
 
 
@@ -128,7 +128,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_weight if need_weight else None,
         grad_bias if need_bias else None,
         *(None,) * 4,
-        *neuron_grads(ctx.shapes, ctx.needs_of_neuron, of_neuron),
+        *neuron_grads(ctx, grads[0], of_neuron),
         *(None,) * 4,
     )
 

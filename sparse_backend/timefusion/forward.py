@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from sparse_backend.deferred import unusual
 from sparse_backend.events import EventTensor
-from sparse_backend.tensorlike import dense
+from sparse_backend.tensorlike import dense, under_saved_tensor_hooks
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.recorder import Placeholder, Recording
 
@@ -56,9 +56,10 @@ class FusionState:
 def fused_forward(module: Any, state: FusionState, *args: Any, **kwargs: Any) -> Any:
     """Run a module's own forward while its layers record, then hand back values."""
     forward = type(module).forward
-    if torch.compiler.is_compiling() or recorder.is_recording() or unusual() is not None:
+    if torch.compiler.is_compiling() or recorder.is_recording_here() or unusual() is not None:
         return forward(module, *args, **kwargs)
-    if state.skip:
+    again = under_saved_tensor_hooks()  # a checkpoint may run this once more, and must find it the same
+    if state.skip and not again:
         state.skip -= 1
         return forward(module, *args, **kwargs)
     into = Recording()
@@ -69,7 +70,10 @@ def fused_forward(module: Any, state: FusionState, *args: Any, **kwargs: Any) ->
         into.abandon()
         raise
     into.finish()
-    state.saw(into)
+    if again:
+        state.note(into)
+    else:
+        state.saw(into)
     _settle(module)
     return values(out)
 
@@ -78,7 +82,16 @@ def values(out: Any) -> Any:
     """`out` with every placeholder in it replaced by what it stands for."""
     if type(out) is Placeholder:
         return _own(out)
-    return tree_map(lambda leaf: _own(leaf) if type(leaf) is Placeholder else leaf, out)
+    owned: dict[Placeholder, Any] = {}  # what is one tensor to the caller stays one
+
+    def own(leaf: Any) -> Any:
+        if type(leaf) is not Placeholder:
+            return leaf
+        if leaf not in owned:
+            owned[leaf] = _own(leaf)
+        return owned[leaf]
+
+    return tree_map(own, out)
 
 
 def _own(placeholder: Placeholder) -> Any:

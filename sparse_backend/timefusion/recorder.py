@@ -261,6 +261,7 @@ class Site:
         self.states_at = 1  #: outputs from here on are states or may be asked for step by step
         self.input_spec: Any = None  #: what the last call was given: the next one that is given the same
         self.state_specs: tuple[Any, ...] = ()  #: needs no other look
+        self.copied: tuple[Tensor | None, int, Tensor | None] = None, 0, None  #: see `Recording.tensor_ref`
 
     def outputs(self, device: torch.device, *outputs: tuple[torch.Size, torch.dtype, bool]) -> None:
         """Say what calls from now on give: shape, dtype, and whether gradients flow."""
@@ -318,6 +319,7 @@ class Recording:
         self.hooks, self.grad_mode = _hooks(True), _grad_enabled()
         self.pending: list[Node] = []
         self.watched: list[tuple[Tensor, int, bool]] = []
+        self.reading: list[TensorLike] = []  #: the caller's spikes and currents that calls have yet to read
         self.summed: dict[int, Tensor] = {}  #: the caller's tensors that a running sum began with
         self.longest = 0  #: steps of the longest run so far
         self.holders: list[Any] = []  #: states of layers that know their last call's site
@@ -385,13 +387,42 @@ class Recording:
             if x._dense_only or x.spec.recording is not self:
                 return x.to_dense()
             return use(x.ref)
+        if type(x) is not Tensor:
+            self._will_read(x)
         return x
+
+    def tensor_ref(self, site: Site, tensor: Tensor) -> Tensor:
+        """How a node remembers a dense input: as it is, or its copy where the caller refills one buffer at every step.
+        That shows in the second call, so the first one's is copied too; of a slice the whole is there from the start.
+        """
+        before, version, copy = site.copied
+        if before is not None and tensor.data_ptr() == before.data_ptr():
+            if copy is not None and tensor._version == version and tensor.requires_grad is copy.requires_grad:
+                return copy
+        elif before is not None or tensor._base is not None:
+            self.watch(tensor)
+            return tensor
+        copy = tensor.clone()
+        site.copied = tensor, _version(tensor), copy
+        return copy
+
+    def _will_read(self, x: Any) -> None:
+        """Spikes or a current of the caller's: a write to them makes recorded calls run before."""
+        if not isinstance(x, TensorLike):
+            return
+        for read in (x, x.whole) if type(x) is EventTensor else (x,):
+            read._reader = self
+            self.reading.append(read)
+            if read._dense is not None:  # whoever has looked at it may hold a view
+                self.watch(x if type(x) is EventTensor else read._dense)
 
     def state_ref(self, x: Any) -> Any:
         """How a node remembers a state. The first call to take a state continues its layer's run; if it cannot,
         that state is the last of its run, which every run keeps."""
         if type(x) is Placeholder and not x._dense_only and x.spec.recording is self:
             return take(x.ref)
+        if type(x) is not Tensor and type(x) is not Placeholder:
+            self._will_read(x)
         return x.to_dense() if type(x) is Placeholder else x
 
     def flush(self, forced: bool = False) -> None:
@@ -404,6 +435,7 @@ class Recording:
             self.forced += 1
             self.forced_by = self.forced_by or _users_line()
         pending, self.pending = self.pending, []
+        self._has_read()
         sites = {id(node.site): node.site for node in pending}.values()
         try:
             self._check_unchanged(sites)
@@ -418,6 +450,11 @@ class Recording:
         finally:
             for site in sites:
                 site.forget()
+
+    def _has_read(self) -> None:
+        for read in self.reading:
+            read._reader = None
+        self.reading.clear()
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
@@ -494,6 +531,7 @@ class Recording:
         afresh as after a reset."""
         self.pending.clear()
         self.watched.clear()
+        self._has_read()
         for site in self.sites.values():
             site.forget()
         for put_back in self.put_back.values():
@@ -568,6 +606,12 @@ register_optimizer_step_pre_hook(_before_optimizer_step)
 def is_recording() -> bool:
     """Whether a forward around this call records."""
     return enclosing() is not None
+
+
+def is_recording_here() -> bool:
+    """The same, but for a forward around the checkpoint that this call is in, which may run once more without it."""
+    into = enclosing()
+    return into is not None and _hooks(True) == into.hooks
 
 
 @contextmanager
