@@ -303,7 +303,7 @@ def record_linear(
             if input._base is site.sliced and site.recording is into and input.shape == site.slice_shape:
                 return site.add((input,))[0]
         elif type(input) is EventTensor and input.origin is site.sliced and site.recording is into and input.is_events:
-            return site.add((input,))[0]
+            return site.add((into.input_ref(input),))[0]
     kind = type(input)
     if kind is not Placeholder:
         if kind is Tensor:

@@ -249,8 +249,8 @@ class DeferredCurrent(TensorLike):
                 )  # fmt: skip
             # Not a view: users detach_() currents as they do any tensor.
             self._dense = flat if flat.shape == self.shape else torch.ops.aten._unsafe_view(flat, self.shape)
-            if self._reader is not None:
-                self._reader.watch(self._dense)
+            for reader in self._readers:
+                reader.watch(self._dense)
         return self._dense
 
     def __repr__(self) -> str:

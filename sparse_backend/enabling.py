@@ -136,6 +136,18 @@ def neurons(net: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
             yield name, module, adapter
 
 
+def why_not(module: nn.Module, adapter: Any) -> str | None:
+    """Why `enable` leaves a neuron alone; None where it does not."""
+    if STATE not in module.__dict__ and _is_replaced(module):
+        return "its forward was replaced on the instance before enable, and may do anything"
+    return adapter.why_not(module)  # type: ignore[no-any-return]
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether somebody else has given an instance a forward of its own."""
+    return "forward" in module.__dict__ and type(module.__dict__["forward"]) is not _Forward
+
+
 def state_of(module: nn.Module) -> Any:
     """The state of an enabled or patched layer, None for any other module."""
     own = module.__dict__.get(STATE)
@@ -166,7 +178,7 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
     found = list(neurons(net))
-    layers = [(name, module, adapter) for name, module, adapter in found if adapter.why_not(module) is None]
+    layers = [(name, module, adapter) for name, module, adapter in found if why_not(module, adapter) is None]
     chosen = _b_th_per_layer(b_th, [name for name, module, adapter in layers if adapter.has_spikes(module)])
     if not layers:
         warnings.warn(f"sparse_backend.enable changes nothing: {_why_nothing(found)}", UserWarning, stacklevel=2)
@@ -191,7 +203,7 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
         _restore(net)
     shared = importlib.import_module("sparse_backend.adapters.shared")
     for module in net.modules():
-        if STATE not in module.__dict__:
+        if STATE not in module.__dict__ and not _is_replaced(module):
             if type(module) is nn.Linear:
                 _override(module, shared.linear_forward, shared.LinearState())
             elif type(module) is nn.Conv2d:
@@ -206,9 +218,20 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
 
 
 def disable(net: nn.Module) -> nn.Module:
-    """Undo `enable`: every module is exactly as before. Returns `net`."""
-    for module in net.modules():
-        if STATE in module.__dict__:
+    """Undo `enable`: every module is exactly as before. Returns `net`.
+
+    A layer whose forward somebody has replaced since stays enabled, and a UserWarning names it: what replaced it may
+    call ours.
+    """
+    for name, module in net.named_modules():
+        if STATE in module.__dict__ and _is_replaced(module):
+            warnings.warn(
+                f"sparse_backend.disable: {name or type(module).__name__} stays enabled, its forward was replaced after "
+                "enable. Put that back first",
+                UserWarning,
+                stacklevel=2,
+            )
+        elif STATE in module.__dict__:
             _restore(module)
     return net
 
@@ -268,7 +291,7 @@ def _why_nothing(found: list[tuple[str, nn.Module, Any]]) -> str:
         loaded = [name for name in _ADAPTERS if name in sys.modules]
         which = " or ".join(_ADAPTERS)
         return f"it finds no spiking layer of {which} in it" + ("" if loaded else f" (and {which} is not imported)")
-    reasons = (f"{name or type(module).__name__}: {adapter.why_not(module)}" for name, module, adapter in found)
+    reasons = (f"{name or type(module).__name__}: {why_not(module, adapter)}" for name, module, adapter in found)
     return "; ".join(reasons)
 
 

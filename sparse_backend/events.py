@@ -18,6 +18,7 @@ requires grad, a layer in the dense regime) `handle` is the dense tensor [..., N
 from __future__ import annotations
 
 import copyreg
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -238,9 +239,14 @@ class EventTensor(TensorLike):
 
         times, units: [n_events], numbers and integers in any order; step = floor(time / dt). Events at or after
         `steps` are dropped. duplicates: several events in one step and unit count as "one" spike, or "sum".
-        Raises ValueError for negative times, units outside 0..n_units-1 or lengths that differ.
+        Raises ValueError for negative times, units outside 0..n_units-1, lengths that differ or a dt that is not a
+        positive number.
         """
+        if not 0 < dt < math.inf:
+            raise ValueError(f"EventTensor.from_times: dt must be a positive number, got {dt}")
         times, units = torch.as_tensor(times), torch.as_tensor(units).long()
+        if times.dtype in (torch.uint16, torch.uint32, torch.uint64):  # of which torch has few functions
+            times = times.double()
         if times.shape != units.shape or times.dim() != 1:
             raise ValueError(
                 f"EventTensor.from_times: times and units must be arrays of one length, got {list(times.shape)} "
@@ -280,7 +286,9 @@ class EventTensor(TensorLike):
         if not samples:
             raise ValueError("EventTensor.collate: expected at least one sample, got none")
         tensors = [
-            sample if type(sample) is EventTensor else cls.from_dense(sample, max(sample.dim() - 1, 1))
+            sample
+            if type(sample) is EventTensor and sample.is_events
+            else cls.from_dense(sample, max(sample.dim() - 1, 1))
             for sample in samples
         ]
         shape = tensors[0].shape
@@ -364,8 +372,8 @@ class EventTensor(TensorLike):
                 self._dense = self._make_dense()
             if not self._dense.is_inference():
                 self._dense_version = self._dense._version
-            if self._reader is not None:
-                self._reader.watch(self)
+            for reader in self._readers:
+                reader.watch(self)
         return self._dense
 
     def _make_dense(self) -> Tensor:
@@ -390,6 +398,8 @@ class EventTensor(TensorLike):
         size = self.shape[0]
         if not -size <= t < size:
             raise IndexError(f"index {t} is out of bounds for dimension 0 with size {size}")
+        if not self.is_events:
+            return self._as_now().step(t)
         whole = self._view_of
         if whole is not None and whole.has_steps and whole.shape[0] == size and whole.columns == self.columns:
             view = whole.step(t).as_view(self.shape[1:])
@@ -402,6 +412,11 @@ class EventTensor(TensorLike):
                 part._origin = weakref.ref(self)
         part = self._steps[t % size]
         return part.without_handle() if part.learns and not torch.is_grad_enabled() else part
+
+    def _as_now(self) -> EventTensor:
+        """The events of what its dense form has become."""
+        row_dims = next(k for k in range(1, len(self.shape) + 1) if self.shape[-k:].numel() == self.columns)
+        return EventTensor.from_dense(self.to_dense(), row_dims)
 
     @property
     def origin(self) -> EventTensor | None:
@@ -571,10 +586,11 @@ class EventTensor(TensorLike):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As `Tensor.to`; a change of device keeps the events, a change of dtype converts values and handle."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        options = {name: value for name, value in kwargs.items() if name != "copy"}
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **options)
         if not self.is_events:
             return self.to_dense().to(*args, **kwargs)
-        result = self
+        result = self._map(torch.clone) if kwargs.get("copy") else self
         if device is not None and device != self.device:
             result = result._map(lambda part: part.to(device, non_blocking=non_blocking))
         if dtype is not None and dtype != self.dtype:
@@ -584,16 +600,16 @@ class EventTensor(TensorLike):
             result.dtype = dtype
         return result
 
-    def cpu(self) -> Any:
+    def cpu(self, memory_format: Any = None) -> Any:
         return self.to("cpu")
 
     def cuda(self, device: Any = None, non_blocking: bool = False) -> Any:
         return self.to(torch.device("cuda") if device is None else device, non_blocking=non_blocking)
 
-    def float(self) -> Any:
+    def float(self, memory_format: Any = None) -> Any:
         return self.to(torch.float32)
 
-    def double(self) -> Any:
+    def double(self, memory_format: Any = None) -> Any:
         return self.to(torch.float64)
 
     def pin_memory(self, device: Any = None) -> EventTensor:
@@ -614,6 +630,8 @@ class EventTensor(TensorLike):
 
     def without_handle(self) -> EventTensor:
         """The same events, which nothing learns from."""
+        if not self.is_events:
+            return self._as_now().without_handle()
         return self._with(self.shape, self.row_ptr, self.indices, self.values)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -84,9 +84,10 @@ def linear_lif(
     syn_decay = None; in its IAF nothing leaks either, leak = None: u = v + mem_gain inflow.
 
     x, weight, bias: as in `linear_leaky`; mem_gain .. reset_to: numbers or tensors of one or N entries; v, i: [B, N]
-    before the first step, leak (or zeros) and zeros if None; recurrent: [N, N] weights from the spikes of the step
-    before, which are z, [B, N], at the first step, zeros if None. All floating point tensors share one dtype, float32
-    or float64, and one device; on CUDA x and weights may be half or bfloat16, as there.
+    before the first step, leak (or zeros; as in Norse, without its gradient) and zeros if None; recurrent: [N, N]
+    weights from the spikes of the step before, which are z, [B, N], at the first step, zeros if None. All floating
+    point tensors share one dtype, float32 or float64, and one device; on CUDA x and weights may be half or bfloat16, as
+    there.
 
     Gradients reach every tensor given that requires them, and are those of ordinary back-propagation with the surrogate
     masked to |u - threshold| < b_th, in the reset (unless `detached`) and in the recurrence too.

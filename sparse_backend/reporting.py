@@ -122,7 +122,7 @@ def _convolutions(net: nn.Module) -> str | None:
 def _layer(name: str, module: nn.Module, adapter: Any, state: Any) -> LayerReport:
     kind = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}"
     if state is None:
-        reason = adapter.why_not(module) or "not enabled"
+        reason = enabling.why_not(module, adapter) or "not enabled"
         return LayerReport(name, kind, "framework", reason, None, None, None, None, 0, 0, {}, 0)
     tally = state.tally
     reason = state.reason

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_backend.differentiating import once
 from sparse_backend.tensorlike import under_saved_tensor_hooks
 
 #: share of the surrogate's mass that b_th="auto" keeps: what the paper's b_th = 0.2 keeps of fast_sigmoid(slope=100)
@@ -68,7 +69,7 @@ class _Spikes(torch.autograd.Function):
         return torch.gt(x, 0, out=x.new_empty(x.shape, dtype=dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @once
     def backward(ctx: Any, grad: Tensor) -> Any:
         (g,) = ctx.saved_tensors
         return grad.to(g.dtype) * g, None, None

@@ -96,7 +96,7 @@ class TensorLike(Tensor):
     learns: bool  #: whether gradients flow to where it comes from
     _dense_only = False  #: the sparse form is not used any more
     _embodied = False  #: the dense form is what C++ code sees
-    _reader: Any = None  #: the recording of time fusion with calls that have yet to read it
+    _readers: tuple[Any, ...] = ()  #: the recordings of time fusion with calls that have yet to read it
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # Requiring grad, so that C++ code which records a gradient for it fails in the backward (sizes differ)
@@ -113,11 +113,16 @@ class TensorLike(Tensor):
     def dense_from_now_on(self) -> Tensor:
         """The dense form, after which the sparse one is never used again: someone may write to it or watch it. Calls
         recorded before that read what it is now."""
-        if self._reader is not None:
-            self._reader.flush(forced=True)
+        for reader in self._readers:
+            reader.flush(forced=True)
         tensor = self.to_dense()
         self._dense_only = True
         return tensor
+
+    def take_shape(self) -> None:
+        """Have the shape of the dense form, after a function such as `unsqueeze_`."""
+        if self.shape != self.to_dense().shape:
+            self.shape = self.to_dense().shape
 
     # What user code asks of a tensor without needing its numbers.
 
@@ -147,6 +152,7 @@ class TensorLike(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         self.dense_from_now_on().data = value
+        self.take_shape()
 
     @property
     def grad(self) -> Tensor | None:  # type: ignore[override]
@@ -212,9 +218,13 @@ class TensorLike(Tensor):
                 " whose consumers return a part of it. Take the dense form before they do: spk = spk.to_dense()."
             )
         if _mutates(getattr(func, "__name__", "")) or "out" in kwargs or kwargs.get("inplace") is True:
-            for leaf in (*args[:1], kwargs.get("out")):
-                if isinstance(leaf, TensorLike):
-                    leaf.dense_from_now_on()
+            written = [leaf for leaf in (*args[:1], kwargs.get("out")) if isinstance(leaf, TensorLike)]
+            for leaf in written:
+                leaf.dense_from_now_on()
+            result = func(*dense(args), **dense(kwargs))
+            for leaf in written:
+                leaf.take_shape()
+            return result
         return func(*dense(args), **dense(kwargs))
 
     @classmethod

@@ -616,3 +616,30 @@ def test_unordered_parts_are_taken_contiguous_or_not():
     current = functional.linear_leaky(EventTensor((2, 1, 3), x.row_ptr, x.indices, x.values), weight, beta=0.5,
                                       spike_grad=fast_sigmoid(), b_th=0.1, reset="none")  # fmt: skip
     assert_close(current.mem, (0.5 * expected[:1] + expected[1:]) @ weight.t(), rtol=1e-5)
+
+
+def test_what_is_made_of_events_that_were_written_to():
+    x = EventTensor.from_dense(torch.eye(4).view(2, 2, 4))
+    x[0] = 2.0
+    written = x.to_dense()
+    assert torch.equal(EventTensor.collate([x, x]).to_dense()[:, 0], written)
+    assert torch.equal(x.step(0).to_dense(), written[0])
+    assert torch.equal(x.without_handle().to_dense(), written)
+
+
+@pytest.mark.parametrize("dt", [0, -1.0, math.nan, math.inf])
+def test_a_step_that_is_no_time(dt):
+    with pytest.raises(ValueError, match="dt must be a positive number"):
+        EventTensor.from_times([0.0, 1.0], [0, 1], 4, 3, dt=dt)
+
+
+def test_times_that_have_no_sign():
+    x = EventTensor.from_times(np.array([1, 3], np.uint32), np.array([0, 1]), 4, 2)
+    assert x.to_dense().nonzero().tolist() == [[1, 0], [3, 1]]
+
+
+def test_options_of_a_conversion():
+    x = EventTensor.from_dense(torch.eye(4))
+    copied = x.to(torch.float64, copy=True)
+    assert copied.dtype is torch.float64 and x.to(torch.float32, copy=True).indices is not x.indices
+    assert x.double(memory_format=torch.preserve_format).dtype is torch.float64

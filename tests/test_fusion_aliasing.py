@@ -11,7 +11,7 @@ import pytest
 import torch
 from fusion_loops import BATCH, HIDDEN, INPUTS, STEPS, Net, check, frames, net_of, recorded, same_values, wake
 from helpers import assert_close
-from pairs import WAYS, Way, enabled
+from pairs import WAYS, Way, assert_equal_runs, enabled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -299,7 +299,8 @@ def test_a_current_of_events_written_to_through_a_view() -> None:
         net(frames(density=0.12))
 
 
-def test_events_written_to_after_a_linear_layer_took_them(way: Way) -> None:
+@pytest.mark.parametrize("at", [range(STEPS), [0], [2]], ids=["every", "first", "third"])
+def test_events_written_to_after_a_linear_layer_took_them(way: Way, at: Any) -> None:
     """Without gradients, of which torch's own linear layer would say that they need the input."""
 
     def loop(net: Net, x: Any) -> Any:
@@ -308,11 +309,64 @@ def test_events_written_to_after_a_linear_layer_took_them(way: Way) -> None:
         for t in range(STEPS):
             step = whole[t].clone() if whole is x else whole[t]
             spk, mem = net.lif1(net.fc1(step), mem)
-            step.mul_(0.5)
+            if t in at:
+                step.mul_(0.5)
             out.append(spk + net.fc1(step).mean())
         return torch.stack(out), mem
 
     same_values(way, loop)
+
+
+def test_events_that_two_recordings_read() -> None:
+    """A model in a checkpoint records for itself, and has read them before the loop around it has."""
+    inner, outer = (
+        enabled(net_of(lambda net, x: net.lif1(net.fc1(x), torch.zeros(BATCH, HIDDEN).double())), WAYS["band"])
+        for _ in range(2)
+    )
+    x = frames(density=0.12)
+
+    def run(writes: bool) -> Tensor:
+        whole, out = sparse_backend.EventTensor.from_dense(x), []
+        with sparse_backend.fuse_time(outer), torch.no_grad():
+            for t in range(STEPS):
+                out.append(outer(whole[t])[1])
+                with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+                    inner(whole[t])
+                if writes:
+                    whole[t].copy_(torch.ones(BATCH, INPUTS))
+        return torch.stack([mem + 0 for mem in out])
+
+    assert torch.equal(run(True), run(False))
+
+
+@pytest.mark.parametrize("alias", ["transposed", "leaves", "a function's own"])
+def test_currents_that_share_memory_and_are_not_the_same(way: Way, alias: str) -> None:
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad / 2
+
+    square = torch.rand(BATCH, BATCH, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.4
+    leaves = [square.detach().requires_grad_() for _ in range(3)]
+
+    def loop(net: Net, x: Any) -> Any:
+        mem, out = net.lif1.reset_mem(), []
+        own = square * net.fc1.bias[0] * 4
+        currents = {
+            "transposed": [square, square.t(), square],
+            "leaves": leaves,
+            "a function's own": [own, Halved.apply(own)],
+        }
+        for current in currents[alias]:
+            spk, mem = net.lif1(current, mem)
+            out.append(spk * net.fc2.bias[:BATCH])
+        return torch.stack(out), mem
+
+    assert_equal_runs(net_of(loop), lambda net: net(frames()), way, leaves if alias == "leaves" else (), runs=2)
 
 
 @pytest.mark.parametrize("refilled", ["buffer", "an alias", "two buffers", "of what learns"])

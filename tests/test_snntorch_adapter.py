@@ -1196,3 +1196,66 @@ def test_parameters_that_are_not_contiguous(fuse_time):
         results.append((out, mem, *(p.grad for p in net.parameters())))
     for ours, stock in zip(*results, strict=True):
         assert_close(ours, stock)
+
+
+# What others have done to a layer.
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_forward_that_was_replaced_before_is_kept(which):
+    net = nn.Sequential(nn.Linear(4, 3), snn.Leaky(beta=0.9, spike_grad=STEEP, init_hidden=True, output=True))
+    inner, replaced = net[which].forward, []
+
+    def forward(*args):
+        replaced.append(args)
+        return inner(*args)
+
+    net[which].forward = forward
+    x = torch.rand(2, 4)
+    expected = net(x)[1]
+    net[1].reset_mem()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the second net, in which nothing is left to enable
+        sparse_backend.enable(net, b_th=0.2)
+    assert torch.equal(net(x)[1], expected) and len(replaced) == 2
+    assert net[which].forward is forward
+    if which == 1:
+        assert "its forward was replaced" in sparse_backend.report(net).layers[0].reason
+    assert sparse_backend.disable(net)[which].forward is forward
+
+
+def test_a_forward_that_was_replaced_since_is_not_taken_away():
+    net = sparse_backend.enable(nn.Sequential(nn.Linear(4, 3), snn.Leaky(beta=0.9, init_hidden=True)), b_th=0.2)
+    ours = net[0].forward
+    net[0].forward = lambda x: ours(x) + 1
+    with pytest.warns(UserWarning, match="0 stays enabled, its forward was replaced"):
+        sparse_backend.disable(net)
+    net(torch.rand(2, 4))
+    net[0].forward = ours
+    sparse_backend.disable(net)
+    assert "forward" not in net[0].__dict__ and not enabling.is_enabled(net)
+
+
+@pytest.mark.parametrize("b_th", ["auto", INF, 0.3])
+def test_a_second_derivative_is_an_error_for_a_linear_loss_too(b_th):
+    """Whose gradient requires none itself, so that torch's own check would let it pass, and be wrong."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.lif = nn.Linear(4, 3), snn.Leaky(beta=0.9, spike_grad=fast_sigmoid(1.0))
+
+        def forward(self, x):
+            mem, total = self.lif.reset_mem(), 0
+            for step in x:
+                spk, mem = self.lif(self.fc(step), mem)
+                total = total + spk
+            return total
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # b_th="auto" stays dense
+        net = sparse_backend.enable(Net(), b_th=b_th)
+    x = torch.rand(8, 2, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()

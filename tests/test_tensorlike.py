@@ -491,3 +491,10 @@ def test_no_number_is_lost_on_the_way(spk):
     torch.testing.assert_close(
         nan.to_dense(), torch.tensor([[1.0, math.nan, math.inf, -math.inf, 0.0, 1e-45]]), equal_nan=True, rtol=0, atol=0
     )
+
+
+def test_functions_that_change_a_shape_in_place():
+    x = EventTensor.from_dense(torch.eye(4))
+    assert x.unsqueeze_(0).shape == x.shape == x.to_dense().shape == (1, 4, 4) and x.dim() == 3
+    x.data = torch.ones(2, 3)
+    assert x.shape == (2, 3) and x.sum().item() == 6

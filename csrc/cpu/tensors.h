@@ -62,7 +62,7 @@ inline void check_events(const Tensor& row_ptr, const Tensor& indices, int64_t n
 // A parameter of one or N entries as padded(N) entries.
 template <typename T>
 std::vector<T> per_neuron(const Tensor& tensor, int64_t neurons, T padding, const char* name) {
-    const Tensor whole = torch::stable::contiguous(tensor);
+    const Tensor whole = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
     const T* from = pointer<T>(whole, name);
     STD_TORCH_CHECK(tensor.numel() == 1 || tensor.numel() == neurons, name, ": expected one entry or ", neurons,
                     ", got ", tensor.numel());

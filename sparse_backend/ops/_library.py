@@ -13,6 +13,7 @@ import torch
 
 from sparse_backend import autocasting
 from sparse_backend.compiling import not_compiled
+from sparse_backend.differentiating import once
 
 NAMESPACE = "sparse_backend"
 
@@ -92,7 +93,7 @@ def autograd(
             ctx.needs_input_grad = seen
         return None, *[result[position] for position in learns]
 
-    gradients_once = torch.autograd.function.once_differentiable(gradients)  # a second derivative is torch's own error
+    gradients_once = once(gradients)  # a second derivative is torch's own error
 
     def below(keyset: Any, args: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

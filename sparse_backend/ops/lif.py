@@ -12,6 +12,7 @@ are those of snnTorch's neurons: see the twin.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -191,15 +192,17 @@ def shapes_of(neuron: Neuron) -> tuple[torch.Size | None, ...]:
     return tuple(part.shape if isinstance(part, Tensor) else None for part in neuron)
 
 
-def neuron_grads(ctx: Any, grad_x: Tensor | None, grads: Any) -> list[Tensor | None]:
+def neuron_grads(ctx: Any, came: Sequence[Tensor | None], grads: Any) -> list[Tensor | None]:
     """The gradients of `NEEDS` in the order of `Neuron`'s fields and in their shapes, None where not needed.
 
     That of the threshold is None too where gradients have no way to it, as in torch: neither through spikes nor through
-    a reset that depends on it. grad_x: what came back through the spikes.
+    a reset that depends on it. came: the gradients of the outputs.
     """
     shapes: tuple[torch.Size | None, ...] = ctx.shapes
     _, _, _, _, reset, _, detached, *_, needs = ctx.sizes
+    grad_x, grad_v_last, _, grad_v_seq, *_ = came
     by_reset = reset == SUBTRACT or (reset == VALUE and not detached)
+    by_reset = by_reset and (grad_v_last is not None or grad_v_seq is not None)
     reached = grad_x is not None or by_reset or shapes[Neuron._fields.index("recurrent")] is not None
     out: list[Tensor | None] = [None] * len(Neuron._fields)
     for k, (at, grad) in enumerate(zip(POSITIONS, grads, strict=True)):
@@ -226,7 +229,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     delta, *of_neuron = lif_backward(*grads[:LEARNING_OUTPUTS], *ctx.saved_tensors, *ctx.sizes)
-    return delta, *neuron_grads(ctx, grads[0], of_neuron), *(None,) * 4
+    return delta, *neuron_grads(ctx, grads, of_neuron), *(None,) * 4
 
 
 call_lif = autograd(lif, _setup, _backward, learns=tuple(range(9)), outputs=LEARNING_OUTPUTS)

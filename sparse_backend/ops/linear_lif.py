@@ -128,7 +128,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_weight if need_weight else None,
         grad_bias if need_bias else None,
         *(None,) * 4,
-        *neuron_grads(ctx, grads[0], of_neuron),
+        *neuron_grads(ctx, grads, of_neuron),
         *(None,) * 4,
     )
 

@@ -225,6 +225,11 @@ class Placeholder(TensorLike):
             if view is not None and view._base_of is not None and not view._dense_only:
                 view._take(view._base_of[1](tensor))
 
+    def take_shape(self) -> None:
+        spec, shape = self.spec, self.to_dense().shape
+        if spec.shape != shape:
+            self.spec = Spec(spec.recording, shape, spec.dtype, spec.device, spec.learns)
+
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(self.to_dense())
 
@@ -343,6 +348,7 @@ class Recording:
         self.put_back.clear()
         self.given.clear()
         self.sparse.clear()
+        self._has_read()
 
     def accepts(self) -> bool:
         """Whether a call made now may be recorded: torch is in the state that recorded calls will run under. Inside
@@ -396,12 +402,12 @@ class Recording:
         That shows in the second call, so the first one's is copied too; of a slice the whole is there from the start.
         """
         before, version, copy = site.copied
-        if before is not None and tensor.data_ptr() == before.data_ptr():
-            if copy is not None and tensor._version == version and tensor.requires_grad is copy.requires_grad:
-                return copy
-        elif before is not None or tensor._base is not None:
-            self.watch(tensor)
-            return tensor
+        if before is None or tensor.data_ptr() != before.data_ptr():
+            if before is not None or tensor._base is not None:
+                self.watch(tensor)
+                return tensor
+        elif copy is not None and tensor._version == version and _is_same(tensor, before):
+            return copy
         copy = tensor.clone()
         site.copied = tensor, _version(tensor), copy
         return copy
@@ -411,8 +417,9 @@ class Recording:
         if not isinstance(x, TensorLike):
             return
         for read in (x, x.whole) if type(x) is EventTensor else (x,):
-            read._reader = self
-            self.reading.append(read)
+            if self not in read._readers:
+                read._readers = (*read._readers, self)
+                self.reading.append(read)
             if read._dense is not None:  # whoever has looked at it may hold a view
                 self.watch(x if type(x) is EventTensor else read._dense)
 
@@ -453,7 +460,7 @@ class Recording:
 
     def _has_read(self) -> None:
         for read in self.reading:
-            read._reader = None
+            read._readers = tuple([reader for reader in read._readers if reader is not self])
         self.reading.clear()
 
     @contextmanager
@@ -537,6 +544,12 @@ class Recording:
         for put_back in self.put_back.values():
             put_back()
         self._let_go()
+
+
+def _is_same(tensor: Tensor, before: Tensor) -> bool:
+    """Whether two tensors of one shape that begin at the same place are the same numbers with the same gradient."""
+    learns = tensor.requires_grad or before.requires_grad
+    return tensor is before or (not learns and tensor.stride() == before.stride())
 
 
 def is_watchable(tensor: Tensor) -> bool:
