@@ -226,8 +226,8 @@ def disable(net: nn.Module) -> nn.Module:
     for name, module in net.named_modules():
         if STATE in module.__dict__ and _is_replaced(module):
             warnings.warn(
-                f"sparse_backend.disable: {name or type(module).__name__} stays enabled, its forward was replaced after "
-                "enable. Put that back first",
+                f"sparse_backend.disable: {name or type(module).__name__} stays enabled, its forward was replaced "
+                "after enable. Put that back first",
                 UserWarning,
                 stacklevel=2,
             )
