@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A `backward` (ctx, *gradients) -> gradients whose own derivative is torch's error.
+    """A `backward` (ctx, *gradients) -> tuple of gradients whose own derivative is torch's error.
 
     torch's `once_differentiable` says so only where the gradients that arrive require grad themselves. Those of a loss
     that is linear in its input do not, and what the backward multiplies them with would be taken for constant.
@@ -21,7 +21,6 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *arrived)
         with torch.no_grad():
             found = backward(ctx, *arrived)
-        found = found if isinstance(found, tuple) else (found,)
         error = torch._C._functions.DelayedError(
             b"trying to differentiate twice a function that was marked with @once_differentiable", len(found)
         )

@@ -197,7 +197,7 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
         adapter.prepare_to_trace(module, state)
         changed.append((name, module, adapter))
     fusion = net.__dict__.get(STATE)
-    if fuse_time and fusion is None and "forward" not in net.__dict__:
+    if fuse_time and fusion is None and not _is_replaced(net):
         _override(net, _fused, FusionState())
     elif not fuse_time and type(fusion) is FusionState:
         _restore(net)
@@ -224,14 +224,16 @@ def disable(net: nn.Module) -> nn.Module:
     call ours.
     """
     for name, module in net.named_modules():
-        if STATE in module.__dict__ and _is_replaced(module):
+        if STATE not in module.__dict__:
+            continue
+        if _is_replaced(module):
             warnings.warn(
                 f"sparse_backend.disable: {name or type(module).__name__} stays enabled, its forward was replaced "
                 "after enable. Put that back first",
                 UserWarning,
                 stacklevel=2,
             )
-        elif STATE in module.__dict__:
+        else:
             _restore(module)
     return net
 

@@ -590,7 +590,7 @@ class EventTensor(TensorLike):
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **options)
         if not self.is_events:
             return self.to_dense().to(*args, **kwargs)
-        result = self._map(torch.clone) if kwargs.get("copy") else self
+        result = self
         if device is not None and device != self.device:
             result = result._map(lambda part: part.to(device, non_blocking=non_blocking))
         if dtype is not None and dtype != self.dtype:
@@ -598,7 +598,7 @@ class EventTensor(TensorLike):
                 return result.to_dense().to(dtype)
             result = result._map(lambda part: part.to(dtype) if part.is_floating_point() else part)
             result.dtype = dtype
-        return result
+        return result._map(torch.clone) if result is self and kwargs.get("copy") else result
 
     def cpu(self, memory_format: Any = None) -> Any:
         return self.to("cpu")

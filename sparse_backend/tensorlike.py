@@ -217,15 +217,15 @@ class TensorLike(Tensor):
                 "torch.autograd.grad: expected inputs whose gradient exists, got spikes (or a current) in sparse form,"
                 " whose consumers return a part of it. Take the dense form before they do: spk = spk.to_dense()."
             )
+        written = []
         if _mutates(getattr(func, "__name__", "")) or "out" in kwargs or kwargs.get("inplace") is True:
             written = [leaf for leaf in (*args[:1], kwargs.get("out")) if isinstance(leaf, TensorLike)]
-            for leaf in written:
-                leaf.dense_from_now_on()
-            result = func(*dense(args), **dense(kwargs))
-            for leaf in written:
-                leaf.take_shape()
-            return result
-        return func(*dense(args), **dense(kwargs))
+        for leaf in written:
+            leaf.dense_from_now_on()
+        result = func(*dense(args), **dense(kwargs))
+        for leaf in written:
+            leaf.take_shape()
+        return result
 
     @classmethod
     @not_compiled

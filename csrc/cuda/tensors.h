@@ -64,18 +64,17 @@ class Device {
 
     template <typename T>
     const T* read(const Tensor& tensor, const char* name) const {
+        const T* data = read<T>(tensor, tensor.numel(), name);
         STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
-        return read<T>(tensor, tensor.numel(), name);
+        return data;
     }
     // As many entries as there are from its first to its last.
     template <typename T>
-    const T* read(const Tensor& tensor, [[maybe_unused]] int64_t entries, const char* name) const {
+    const T* read(const Tensor& tensor, int64_t entries, const char* name) const {
         expect_here(tensor, name);
         STD_TORCH_CHECK(tensor.scalar_type() == scalar_type<T>(), name,
                         ": expected a tensor of the other tensors' dtype");
-        auto* data = static_cast<T*>(tensor.data_ptr());
-        SPARSE_BACKEND_ANNOUNCE(data, static_cast<size_t>(entries) * sizeof(T));
-        return data;
+        return announced<T>(tensor, entries);
     }
     template <typename T>
     const T* read(const MaybeTensor& tensor, const char* name) const {
@@ -85,9 +84,7 @@ class Device {
     // Of a contiguous tensor made here, or checked.
     template <typename T>
     T* write(const Tensor& tensor) const {
-        auto* data = static_cast<T*>(tensor.data_ptr());
-        SPARSE_BACKEND_ANNOUNCE(data, static_cast<size_t>(tensor.numel()) * sizeof(T));
-        return data;
+        return announced<T>(tensor, tensor.numel());
     }
 
     Tensor ints(std::vector<int64_t> shape) const { return make(std::move(shape), ScalarType::Int); }
@@ -116,6 +113,13 @@ class Device {
     }
 
   private:
+    template <typename T>
+    static T* announced(const Tensor& tensor, [[maybe_unused]] int64_t entries) {
+        auto* data = static_cast<T*>(tensor.data_ptr());
+        SPARSE_BACKEND_ANNOUNCE(data, static_cast<size_t>(entries) * sizeof(T));
+        return data;
+    }
+
     const Tensor& like_;
     int32_t index_;
     Stream stream_ = nullptr;

@@ -82,8 +82,9 @@ def autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return gradients_once(ctx, *grads) if torch.is_grad_enabled() else gradients(ctx, *grads)
+            return gradients(ctx, *grads)
 
+    @once
     @not_compiled  # compiled code runs this op, whose Python the compiler would look into
     def gradients(ctx: Any, *grads: Any) -> Any:
         seen, ctx.needs_input_grad = ctx.needs_input_grad, ctx.needs
@@ -92,8 +93,6 @@ def autograd(
         finally:
             ctx.needs_input_grad = seen
         return None, *[result[position] for position in learns]
-
-    gradients_once = once(gradients)  # a second derivative is torch's own error
 
     def below(keyset: Any, args: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

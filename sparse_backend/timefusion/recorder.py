@@ -266,7 +266,7 @@ class Site:
         self.states_at = 1  #: outputs from here on are states or may be asked for step by step
         self.input_spec: Any = None  #: what the last call was given: the next one that is given the same
         self.state_specs: tuple[Any, ...] = ()  #: needs no other look
-        self.copied: tuple[Tensor | None, int, Tensor | None] = None, 0, None  #: see `Recording.tensor_ref`
+        self.copied: tuple[Tensor, int, Tensor] | None = None  #: see `Recording.tensor_ref`
 
     def outputs(self, device: torch.device, *outputs: tuple[torch.Size, torch.dtype, bool]) -> None:
         """Say what calls from now on give: shape, dtype, and whether gradients flow."""
@@ -393,27 +393,29 @@ class Recording:
             if x._dense_only or x.spec.recording is not self:
                 return x.to_dense()
             return use(x.ref)
-        if type(x) is not Tensor:
-            self._will_read(x)
+        self._will_read(x)
         return x
 
     def tensor_ref(self, site: Site, tensor: Tensor) -> Tensor:
         """How a node remembers a dense input: as it is, or its copy where the caller refills one buffer at every step.
         That shows in the second call, so the first one's is copied too; of a slice the whole is there from the start.
         """
-        before, version, copy = site.copied
-        if before is None or tensor.data_ptr() != before.data_ptr():
-            if before is not None or tensor._base is not None:
-                self.watch(tensor)
-                return tensor
-        elif copy is not None and tensor._version == version and _is_same(tensor, before):
-            return copy
+        if site.copied is None:
+            refilled = tensor._base is None
+        else:
+            before, version, copy = site.copied
+            refilled = tensor.data_ptr() == before.data_ptr()
+            if refilled and tensor._version == version and _is_same(tensor, before):
+                return copy
+        if not refilled:
+            self.watch(tensor)
+            return tensor
         copy = tensor.clone()
-        site.copied = tensor, _version(tensor), copy
+        site.copied = tensor, tensor._version, copy
         return copy
 
     def _will_read(self, x: Any) -> None:
-        """Spikes or a current of the caller's: a write to them makes recorded calls run before."""
+        """If these are spikes or a current of the caller's, a write to them makes recorded calls run before."""
         if not isinstance(x, TensorLike):
             return
         for read in (x, x.whole) if type(x) is EventTensor else (x,):
@@ -426,11 +428,10 @@ class Recording:
     def state_ref(self, x: Any) -> Any:
         """How a node remembers a state. The first call to take a state continues its layer's run; if it cannot,
         that state is the last of its run, which every run keeps."""
-        if type(x) is Placeholder and not x._dense_only and x.spec.recording is self:
-            return take(x.ref)
-        if type(x) is not Tensor and type(x) is not Placeholder:
-            self._will_read(x)
-        return x.to_dense() if type(x) is Placeholder else x
+        if type(x) is Placeholder:
+            return x.to_dense() if x._dense_only or x.spec.recording is not self else take(x.ref)
+        self._will_read(x)
+        return x
 
     def flush(self, forced: bool = False) -> None:
         """Run everything recorded so far."""
@@ -538,7 +539,6 @@ class Recording:
         afresh as after a reset."""
         self.pending.clear()
         self.watched.clear()
-        self._has_read()
         for site in self.sites.values():
             site.forget()
         for put_back in self.put_back.values():
