@@ -86,6 +86,18 @@ def test_idx_small_shapes(tmp_path, shape):
         (gzip.compress(idx_bytes([3], [1, 2, 3]))[:-9], "a whole gzip file expected"),
         (b"\x1f\x8b" + b"rubbish", "a whole gzip file expected"),
     ],
+    # named here: gzip writes the clock into its bytes, and every worker must collect one name
+    ids=[
+        "empty",
+        "cut in the magic number",
+        "a web page",
+        "an unknown dtype",
+        "cut in the header",
+        "cut in the values",
+        "too long",
+        "gzip cut short",
+        "not gzip behind its magic number",
+    ],
 )
 def test_idx_damaged_files(tmp_path, content, message):
     path = tmp_path / "broken-idx"
