@@ -11,6 +11,7 @@ from sparse_backend import policy
 from sparse_backend.autocasting import NARROW, dtype_of, lowered, rounded, widened
 from sparse_backend.deferred import DeferredCurrent, WeightHub, is_finite
 from sparse_backend.events import EventTensor
+from sparse_backend.ops import keeping
 from sparse_backend.reference.linear_leaky import sums_dtype
 from sparse_backend.surrogate import SpikeGrad, inspect
 
@@ -136,6 +137,8 @@ def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None)
     if type(x) is EventTensor and x.columns != x.shape[2]:
         x = x.to_dense()
     events = EventTensor.from_dense(x)
+    if events is not x:
+        keeping.made(events.columns, events.indices)
     events = events.to(weight.dtype) if weight.dtype in _FLOATS else _with_float_values(events)
     # how long the list is needs no waiting for the device
     crowded = events.indices.numel() > policy.MAX_INPUT * events.numel() and events.density > policy.MAX_INPUT

@@ -15,6 +15,7 @@ from sparse_backend import _native, surrogate
 from sparse_backend.deferred import DeferredCurrent
 from sparse_backend.dynamics import Leaky
 from sparse_backend.events import EventTensor
+from sparse_backend.ops import keeping
 from sparse_backend.ops.events import events_to_dense
 from sparse_backend.ops.leaky import NONE, SUBTRACT, ZERO, LeakyOutput, call_leaky, leaky
 from sparse_backend.ops.leaky_dense import call_leaky_dense, leaky_dense
@@ -135,8 +136,8 @@ def _run_sparse(
     kept = 0
     if learns:
         size = out.x.element_size()
-        kept = 4 * (n_active + n_spikes + out.active_ptr.shape[0] + out.spike_ptr.shape[0])
-        kept += 4 * (out.reset_ptr.shape[0] + out.reset_indices.shape[0])
+        kept = sum(keeping.bytes_of(entries, neurons) for entries in (n_active, n_spikes, out.reset_indices.shape[0]))
+        kept += 4 * (out.active_ptr.shape[0] + out.spike_ptr.shape[0] + out.reset_ptr.shape[0])
         kept += size * (n_active * (2 if double_reset else 1) + out.p.shape[0] + out.p_last.numel())
         if beta_learns and out.p_last.dim() != 2:
             kept += size * (out.mem_seq.numel() + (0 if mem is None else mem.numel()))

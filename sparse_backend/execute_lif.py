@@ -14,6 +14,7 @@ from sparse_backend import _native, surrogate
 from sparse_backend.deferred import DeferredCurrent
 from sparse_backend.dynamics import LI, LIF
 from sparse_backend.events import EventTensor
+from sparse_backend.ops import keeping
 from sparse_backend.ops._library import exactly
 from sparse_backend.ops.events import events_to_dense
 from sparse_backend.ops.leaky import NONE
@@ -236,7 +237,8 @@ def _run_sparse(
     )
     kept = 0
     if learns:
-        kept = _bytes(out.spike_ptr, out.spike_indices, out.active_ptr, out.active_indices) + arguments.kept(out)
+        kept = _bytes(out.spike_ptr, out.active_ptr) + arguments.kept(out)
+        kept += sum(keeping.bytes_of(part.numel(), spikes.columns) for part in (out.spike_indices, out.active_indices))
     return _result(arguments, out, spikes, kept, None)
 
 

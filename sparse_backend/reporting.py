@@ -1,7 +1,7 @@
 """What each layer of an enabled model does, why not faster, and what it keeps for the backward pass.
 
-Kept bytes are what a layer's own op and its surrogate save for backward: per active entry V - threshold and its int32
-index (and g, with a second reset), per spike its int32 index, int32 row pointers of both, the resets where the gradient
+Kept bytes are what a layer's own op and its surrogate save for backward: per active entry V - threshold and its
+column (and g, with a second reset), per spike its column, int32 row pointers of both, the resets where the gradient
 needs them, and the membrane where beta learns. Dense bytes are two floats, V - threshold and the spike, for every
 neuron, sample and step: the least that ordinary back-propagation keeps (snnTorch keeps more). Both are sums over all
 calls that recorded a graph, as are active and spike fractions over all calls; dense steps are counted at every

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_backend.ops import keeping
 from sparse_backend.ops._library import autograd, define
 from sparse_backend.reference import event_conv as reference
 from sparse_backend.reference.event_conv import AVERAGE_POOL, MAX_POOL, NO_POOL, Geometry
@@ -64,13 +65,13 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     active = (active_ptr, active_indices) if need_input else (None, None)
     _, chosen = output
     ctx.mark_non_differentiable(chosen)
-    ctx.save_for_backward(row_ptr, indices, values, *active, weight, chosen if ctx.geometry.pool == MAX_POOL else None)
+    keeping.save(ctx, row_ptr, indices, values, *active, weight, chosen if ctx.geometry.pool == MAX_POOL else None)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * (9 + len(ctx.geometry))
-    grads = event_conv_backward(grad, *ctx.saved_tensors, *ctx.geometry, *ctx.need)
+    grads = event_conv_backward(grad, *keeping.saved(ctx), *ctx.geometry, *ctx.need)
     of_input, of_weight, of_bias = (part if need else None for part, need in zip(grads, ctx.need, strict=True))
     return None, None, None, of_input, None, None, of_weight, of_bias, *(None,) * (len(ctx.geometry) + 1)
 

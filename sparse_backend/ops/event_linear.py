@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_backend.ops import hub as hubs
+from sparse_backend.ops import keeping
 from sparse_backend.ops._library import autograd, define
 from sparse_backend.reference import linear_leaky as reference
 
@@ -86,7 +87,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.hub = hub if token is not None and needs[8] else None
     ctx.need = (need_input, needs[6], bias is not None and needs[7])
     ctx.handle_shape = handle.shape if need_input else None
-    ctx.save_for_backward(
+    keeping.save(
+        ctx,
         row_ptr,
         indices,
         values,
@@ -99,7 +101,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, delta: Tensor | None) -> tuple[Tensor | None, ...]:
     if delta is None:
         return (None,) * 10
-    saved = ctx.saved_tensors
+    saved = keeping.saved(ctx)
     delta = delta.contiguous()
     need_input, need_weight, need_bias = ctx.need
     if ctx.hub is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_backend.ops import keeping
 from sparse_backend.ops._library import autograd, define, dynamic_size
 from sparse_backend.reference import events as reference
 
@@ -76,11 +77,11 @@ events_gather = define(
 def _to_dense_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
     active_ptr, active_indices = inputs[4:6]
     ctx.inputs = len(inputs)
-    ctx.save_for_backward(active_ptr, active_indices)
+    keeping.save(ctx, active_ptr, active_indices)
 
 
 def _to_dense_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    active_ptr, active_indices = ctx.saved_tensors
+    active_ptr, active_indices = keeping.saved(ctx)
     if grad is None or active_ptr is None:
         return (None,) * ctx.inputs
     return (events_gather(grad.contiguous(), active_ptr, active_indices), *(None,) * (ctx.inputs - 1))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_backend.ops import keeping
 from sparse_backend.ops._library import autograd, define, dynamic_size
 from sparse_backend.reference import leaky as reference
 from sparse_backend.reference.leaky import NONE, SUBTRACT, ZERO
@@ -114,6 +115,7 @@ def saved_for_backward(
     need_threshold: bool,
 ) -> tuple[Tensor | None, ...]:
     """The tensors of `SAVED`, and no more than this layer's backward reads."""
+    keeping.made(out.mem_last.shape[-1], out.spike_indices, out.active_indices, out.reset_indices)
     double_reset = not reset_delay and reset != NONE
     need_reset = reset == ZERO or double_reset or (need_threshold and reset == SUBTRACT)
     keep_p = out.p_last.dim() == 2
@@ -156,14 +158,12 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     out = LeakyOutput(*output)
     mark_non_differentiable(ctx, out)
     _, need_beta, need_threshold, need_mem, *_ = ctx.needs_input_grad
-    ctx.save_for_backward(
-        *saved_for_backward(out, beta, threshold, mem, g, reset, reset_delay, need_beta, need_threshold)
-    )
+    keeping.save(ctx, *saved_for_backward(out, beta, threshold, mem, g, reset, reset_delay, need_beta, need_threshold))
     ctx.sizes = (*current.shape, reset, reset_delay, mem is not None and need_mem, need_beta, need_threshold)
 
 
 def _backward(ctx: Any, grad_x: Any, grad_mem_last: Any, grad_mem_seq: Any, *_: Any) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
+    saved = keeping.saved(ctx)
     beta, threshold = saved[-2:]
     reset, reset_delay, need_mem, need_beta, need_threshold = ctx.sizes[-5:]
     reached = need_threshold and reaches_threshold(grad_x, reset, reset_delay)

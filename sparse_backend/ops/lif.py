@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_backend.ops import keeping
 from sparse_backend.ops._library import autograd, define, dynamic_size
 from sparse_backend.reference import lif as reference
 from sparse_backend.reference.leaky import NONE, SUBTRACT, ZERO
@@ -153,6 +154,7 @@ def needs_name(needs: int, name: str) -> bool:
 
 def saved_for_backward(out: LIFOutput, neuron: Neuron, needs: int) -> tuple[Tensor | None, ...]:
     """The tensors of `SAVED`, and no more than this backward reads."""
+    keeping.made(out.v_last.shape[-1], out.spike_indices, out.active_indices)
     reset, dense, recurrent = neuron.reset, neuron.dense, neuron.recurrent
     jumps = reset in (VALUE, ZERO) or (reset == SUBTRACT and needs_name(needs, "threshold"))
     attached = not (neuron.detached or neuron.discrete or reset == NONE)
@@ -222,13 +224,13 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     out = LIFOutput(*output)
     mark_non_differentiable(ctx, out)
     needs = needs_of(neuron, ctx.needs_input_grad[1:])
-    ctx.save_for_backward(*saved_for_backward(out, neuron, needs))
+    keeping.save(ctx, *saved_for_backward(out, neuron, needs))
     ctx.shapes = shapes_of(neuron)
     ctx.sizes = sizes_of(current.shape, neuron, needs)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    delta, *of_neuron = lif_backward(*grads[:LEARNING_OUTPUTS], *ctx.saved_tensors, *ctx.sizes)
+    delta, *of_neuron = lif_backward(*grads[:LEARNING_OUTPUTS], *keeping.saved(ctx), *ctx.sizes)
     return delta, *neuron_grads(ctx, grads, of_neuron), *(None,) * 4
 
 

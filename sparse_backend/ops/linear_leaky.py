@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_backend.ops import hub as hubs
+from sparse_backend.ops import keeping
 from sparse_backend.ops._library import autograd, define
 from sparse_backend.ops.event_linear import event_linear_backward, fake_input_grad
 from sparse_backend.ops.leaky import (
@@ -95,7 +96,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.handle_shape = handle.shape if need_input else None
     # Of a weight that the backward does not read, only the shape counts: it may be changed meanwhile, as in torch.
     ctx.weight = None if need_input else weight.detach()
-    ctx.save_for_backward(
+    keeping.save(
+        ctx,
         row_ptr,
         indices,
         values,
@@ -107,7 +109,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_x: Any, grad_mem_last: Any, grad_mem_seq: Any, *_: Any) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
+    saved = keeping.saved(ctx)
     events, neuron = saved[:5], saved[6:]
     weight = saved[5] if ctx.weight is None else ctx.weight
     beta, threshold = saved[-2:]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_backend.ops import hub as hubs
+from sparse_backend.ops import keeping
 from sparse_backend.ops._library import autograd, define
 from sparse_backend.ops.event_linear import event_linear_backward, fake_input_grad
 from sparse_backend.ops.lif import (
@@ -92,7 +93,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.shapes = shapes_of(neuron)
     # Of a weight that the backward does not read, only the shape counts: it may be changed meanwhile, as in torch.
     ctx.weight = None if need_input else weight.detach()
-    ctx.save_for_backward(
+    keeping.save(
+        ctx,
         row_ptr,
         indices,
         values,
@@ -104,7 +106,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
+    tensors = keeping.saved(ctx)
     events, saved = tensors[:5], tensors[6:]
     weight = tensors[5] if ctx.weight is None else ctx.weight
     need_input, need_weight, need_bias = ctx.need

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparse_backend import policy
 from sparse_backend.deferred import DeferredCurrent, defer, is_finite
 from sparse_backend.events import EventTensor
+from sparse_backend.ops import keeping
 from sparse_backend.tensorlike import TensorLike, learns_of
 from sparse_backend.timefusion.recorder import Node, Placeholder, Recording, Run, Site, value
 
@@ -242,6 +243,8 @@ class LinearSite(Site):
             return
         whole = collect(refs)
         events = whole if type(whole) is EventTensor else EventTensor.if_sparse(whole, policy.MAX_INPUT)
+        if events is not None and events is not whole:
+            keeping.made(events.columns, events.indices)
         weight, bias = self.weight, self.bias
         if self.switched:  # they are as recorded now, and will not be when the neurons run
             weight = weight.view_as(weight)
