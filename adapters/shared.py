@@ -213,7 +213,16 @@ def linear_forward(module: Any, input: Any) -> Any:
             return recorded
         if type(input) is Placeholder and len(input.shape) != 2:  # not a row of neurons per sample
             return torch.nn.functional.linear(input, weight, bias).to(weight.dtype)
+        if type(input) is Tensor and input.dim() == 2 and is_callers(input) and unusual() is None:
+            call = functools.partial(linear, state, weight, bias, input)
+            return once(into, module, (input, weight, bias), autocasting.state(), call)
     return linear(state, weight, bias, input)
+
+
+def is_callers(input: Tensor) -> bool:
+    """Whether an input, no slice of another tensor, may be fed again at the next step, and a write to it would show."""
+    whole = input._base is None or input._base.numel() == input.numel()
+    return whole and not input.requires_grad and is_watchable(input)
 
 
 def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) -> Any:
@@ -270,7 +279,7 @@ def convolution_forward(module: Any, input: Any) -> Any:
             if sliced:
                 into.sparse[module] = input._base
             return recorded
-    if sliced or type(input) is EventTensor or input.requires_grad or not is_watchable(input):
+    if type(input) is EventTensor or not is_callers(input):
         return forward(module, images)
     call = functools.partial(forward, module, images)
     return once(into, module, (input, weight, parameters["bias"]), settings, call)

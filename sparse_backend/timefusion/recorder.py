@@ -552,6 +552,22 @@ def _is_same(tensor: Tensor, before: Tensor) -> bool:
     return tensor is before or (not learns and tensor.stride() == before.stride())
 
 
+def is_again(tensor: Any, before: Any) -> bool:
+    """Whether this is what came before, or one more view of it: `x.flatten(1)` of a static image in every step."""
+    if tensor is before:
+        return True
+    if type(tensor) is not Tensor or type(before) is not Tensor or tensor._base is None:
+        return False
+    return (
+        tensor._base is before._base
+        and not (tensor.requires_grad or before.requires_grad)
+        and tensor.data_ptr() == before.data_ptr()
+        and tensor.shape == before.shape
+        and tensor.stride() == before.stride()
+        and tensor.dtype is before.dtype
+    )
+
+
 def is_watchable(tensor: Tensor) -> bool:
     """Whether a write to a tensor of the caller's shows: numpy's memory is written to without a trace."""
     return not tensor.is_inference() and tensor.untyped_storage().resizable()

@@ -13,7 +13,7 @@ from sparse_backend.deferred import DeferredCurrent, defer, is_finite
 from sparse_backend.events import EventTensor
 from sparse_backend.ops import keeping
 from sparse_backend.tensorlike import TensorLike, learns_of
-from sparse_backend.timefusion.recorder import Node, Placeholder, Recording, Run, Site, value
+from sparse_backend.timefusion.recorder import Node, Placeholder, Recording, Run, Site, is_again, value
 
 _NOTHING = object()
 
@@ -106,15 +106,13 @@ def _sliced(refs: Sequence[Any]) -> Tensor | None:
 
 def _joined(refs: Sequence[Any]) -> DeferredCurrent | None:
     """The current of all steps, where each step's is a deferred one of one weight and of the caller's own events."""
-    cache, narrow = refs[0].hub.cache, refs[0].hub.narrow
+    hub = refs[0].hub
     for ref in refs:
-        if type(ref) is not DeferredCurrent or not ref.is_deferred or ref.events.learns:
+        if type(ref) is not DeferredCurrent or not ref.is_deferred or ref.events.learns or ref.hub is not hub:
             return None
-        if ref.hub.cache is not cache or ref.hub.narrow is not narrow:
-            return None
-    if cache is None or cache.weight is None:
+    if hub.cache is None or hub.cache.weight is None or hub.cache.has_moved_on(hub):
         return None
-    return DeferredCurrent(EventTensor.stack([ref.events for ref in refs]), cache.of_all_steps(narrow))
+    return DeferredCurrent(EventTensor.stack([ref.events for ref in refs]), hub.cache.of_all_steps(hub.narrow))
 
 
 def same_at_every_step(refs: Sequence[Any]) -> bool:
@@ -124,8 +122,11 @@ def same_at_every_step(refs: Sequence[Any]) -> bool:
         run = first[0].run
         return type(run) is Constant and all(type(ref) is tuple and ref[0].run is run for ref in refs)
     if type(first) is DeferredCurrent:
-        return all(type(ref) is DeferredCurrent and ref.events is first.events and ref.hub is first.hub for ref in refs)
-    return all(ref is first for ref in refs)
+        return all(
+            type(ref) is DeferredCurrent and ref.is_deferred and ref.events is first.events and ref.hub is first.hub
+            for ref in refs
+        )
+    return all(is_again(ref, first) for ref in refs)
 
 
 class Constant(Run):
@@ -164,21 +165,22 @@ class GivenSite(Site):
         return self.placeholders(node)[0]
 
 
-def once(
-    into: Recording, module: Any, tensors: Sequence[Tensor | None], settings: Any, call: Callable[[], Any]
-) -> Placeholder:
+def once(into: Recording, module: Any, tensors: Sequence[Tensor | None], settings: Any, call: Callable[[], Any]) -> Any:
     """What a module gives for these tensors under these settings: computed now, and not again where the next step gives
-    it the same (a static image)."""
+    it the same (a static image). What is itself deferred is handed back as it is."""
     given = [(tensor, None if tensor is None else (tensor._version, tensor.requires_grad)) for tensor in tensors]
     known = Recording.mode(), settings, given
     before = into.given.get(module)
     if before is None or before[0][:2] != known[:2] or not _are_same(before[0][2], given):
-        before = into.given[module] = known, GivenSite(into, call())
-    return before[1].hand_out()  # type: ignore[no-any-return]
+        result = call()
+        if isinstance(result, TensorLike):
+            return result
+        before = into.given[module] = known, GivenSite(into, result)
+    return before[1].hand_out()
 
 
 def _are_same(before: Sequence[Any], now: Sequence[Any]) -> bool:
-    return all(a[0] is b[0] and a[1] == b[1] for a, b in zip(before, now, strict=True))
+    return all(is_again(b[0], a[0]) and a[1] == b[1] for a, b in zip(before, now, strict=True))
 
 
 class FunctionSite(Site):
