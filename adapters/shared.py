@@ -221,8 +221,9 @@ def linear_forward(module: Any, input: Any) -> Any:
 
 def is_callers(input: Tensor) -> bool:
     """Whether an input, no slice of another tensor, may be fed again at the next step, and a write to it would show."""
-    whole = input._base is None or input._base.numel() == input.numel()
-    return whole and not input.requires_grad and is_watchable(input)
+    if input.layout is not torch.strided or input.requires_grad:
+        return False
+    return (input._base is None or input._base.numel() == input.numel()) and is_watchable(input)
 
 
 def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) -> Any:

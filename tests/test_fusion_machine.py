@@ -695,5 +695,14 @@ def test_norms_of_values_that_have_run_come_after_recorded_ones(last: str) -> No
     state.teardown()
 
 
+def test_a_current_that_nobody_has_looked_at_when_the_optimiser_steps() -> None:
+    state = Stepper()
+    state.begin(way="band as events", seed=0)
+    state.feed()
+    state.feed()
+    state.backward(learn=True)
+    state.teardown()
+
+
 def test_any_sequence_of_steps() -> None:
     run_state_machine_as_test(Stepper, settings=settings(max_examples=40, stateful_step_count=25, deadline=None))

@@ -325,6 +325,7 @@ class Recording:
         self.pending: list[Node] = []
         self.watched: list[tuple[Tensor, int, bool]] = []
         self.reading: list[TensorLike] = []  #: the caller's spikes and currents that calls have yet to read
+        self.lazy: list[weakref.ref[TensorLike]] = []  #: currents of linear layers that have run, as far as events do
         self.summed: dict[int, Tensor] = {}  #: the caller's tensors that a running sum began with
         self.longest = 0  #: steps of the longest run so far
         self.holders: list[Any] = []  #: states of layers that know their last call's site
@@ -348,6 +349,7 @@ class Recording:
         self.put_back.clear()
         self.given.clear()
         self.sparse.clear()
+        self.lazy.clear()
         self._has_read()
 
     def accepts(self) -> bool:
@@ -458,6 +460,14 @@ class Recording:
         finally:
             for site in sites:
                 site.forget()
+
+    def compute_lazy(self) -> None:
+        """Compute what has run and waits for somebody to look at it, while the weights are what they were."""
+        for weak in self.lazy:
+            current = weak()
+            if current is not None:
+                current.to_dense()
+        self.lazy.clear()
 
     def _has_read(self) -> None:
         for read in self.reading:
@@ -627,6 +637,7 @@ def _before_optimizer_step(*_: Any) -> None:
     into = enclosing()
     if into is not None:
         into.flush(forced=True)
+        into.compute_lazy()
 
 
 register_optimizer_step_pre_hook(_before_optimizer_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,11 @@ def collect(refs: Sequence[Any]) -> Any:
         sequence = _whole_run(refs)
         if sequence is not None:
             return sequence
+        if type(value(first)) is DeferredCurrent:  # a linear layer's of one step each, computed as they were asked for
+            refs = [value(ref) for ref in refs]
+            whole = _joined(refs)
+            if whole is not None:
+                return whole
     elif type(first) is EventTensor:
         whole = _events(refs)
         if whole is not None:
@@ -165,18 +171,17 @@ class GivenSite(Site):
         return self.placeholders(node)[0]
 
 
-def once(into: Recording, module: Any, tensors: Sequence[Tensor | None], settings: Any, call: Callable[[], Any]) -> Any:
+def once(
+    into: Recording, module: Any, tensors: Sequence[Tensor | None], settings: Any, call: Callable[[], Any]
+) -> Placeholder:
     """What a module gives for these tensors under these settings: computed now, and not again where the next step gives
-    it the same (a static image). What is itself deferred is handed back as it is."""
+    it the same (a static image)."""
     given = [(tensor, None if tensor is None else (tensor._version, tensor.requires_grad)) for tensor in tensors]
     known = Recording.mode(), settings, given
     before = into.given.get(module)
     if before is None or before[0][:2] != known[:2] or not _are_same(before[0][2], given):
-        result = call()
-        if isinstance(result, TensorLike):
-            return result
-        before = into.given[module] = known, GivenSite(into, result)
-    return before[1].hand_out()
+        before = into.given[module] = known, GivenSite(into, call())
+    return before[1].hand_out()  # type: ignore[no-any-return]
 
 
 def _are_same(before: Sequence[Any], now: Sequence[Any]) -> bool:
@@ -256,6 +261,8 @@ class LinearSite(Site):
             current = defer(events, weight, bias)
         if current is None:
             current = torch.nn.functional.linear(dense(whole), weight, bias).to(weight.dtype)
+        else:
+            self.recording.lazy.append(weakref.ref(current))
         share(nodes, Run([current], len(nodes)))
 
 
