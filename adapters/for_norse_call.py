@@ -102,6 +102,7 @@ class Call(NamedTuple):
         count(
             layer, result, steps or 1, math.prod(sizes), plan.b_th, plan.why_dense, plan.dtype.itemsize,
             in_time=steps is not None, asked_dense=asked_dense,
+            of_events=type(current) is DeferredCurrent or recurrent is not None,
         )  # fmt: skip
         return result
 

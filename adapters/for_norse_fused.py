@@ -19,7 +19,7 @@ from sparse_backend.timefusion.sites import NeuronSite
 
 from .for_norse_call import Call, OwnWeights, begins_as_norse, fitting, initial_state, shaped, why_not_recurrent
 from .for_norse_plan import Kind, Plan, make_plan, parts_of
-from .shared import record_linear
+from .shared import limit_steps, record_linear
 
 
 def record(into: Recording, module: Any, layer: LayerState, kind: Kind, input_: Any, state: Any) -> Any:
@@ -94,6 +94,8 @@ def _record_first(
     elif not site.queue:
         site.read_again()
     site.outputs(device, *_outputs(kind, plan, site, current, states))
+    if kind.spikes and recurrent is None:
+        limit_steps(site, layer, plan.b_th, plan.why_dense)
     starts = []
     for part in states:
         ref = into.state_ref(part)

@@ -243,7 +243,10 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     spikes, after = result.spikes, result.mem_last
     if reshaped:
         after = torch.ops.aten._unsafe_view(after, shape)
-    count(state, result, 1, flat[0] * flat[1], plan.b_th, plan.why_dense, dtype.itemsize, asked_dense=go_dense)
+    count(
+        state, result, 1, flat[0] * flat[1], plan.b_th, plan.why_dense, dtype.itemsize,
+        asked_dense=go_dense, of_events=deferred,
+    )  # fmt: skip
     state.last_mem = weakref.ref(after)
     if "mem" in buffers:
         buffers["mem"] = after

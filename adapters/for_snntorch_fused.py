@@ -19,7 +19,7 @@ from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watcha
 from sparse_backend.timefusion.sites import NeuronSite
 
 from .for_snntorch_plan import make_plan, neuron_of, parts_of, same_objects, versions_of
-from .shared import count, goes_dense, taken
+from .shared import count, goes_dense, limit_steps, taken
 
 _ZEROS = object()  #: the state of a layer that begins
 
@@ -95,6 +95,7 @@ def _record_first(
         site = into.sites[key] = _site(into, state, plan)
     learns = torch.is_grad_enabled() and (site.learns or learns_of(input_) or learns_of(before))
     site.outputs(input_.device, (shape, site.spike_dtype, learns), (shape, dtype, learns))
+    limit_steps(site, state, plan.b_th, plan.why_dense)
     ref = into.tensor_ref(site, input_) if kind is Tensor else into.input_ref(input_)
     if type(ref) is tuple and type(start) is tuple:
         site.input_spec, site.state_specs = input_.spec, (before.spec,)
@@ -165,7 +166,7 @@ def _run(state: LayerState, plan: Any, current: Any, steps: int, start: Any, kee
     entries = steps * plan.flat[0] * plan.flat[1]
     count(
         state, result, steps, entries, plan.b_th, plan.why_dense, plan.dtype.itemsize,
-        in_time=steps > 1, asked_dense=asked_dense,
+        in_time=steps > 1, asked_dense=asked_dense, of_events=type(current) is DeferredCurrent,
     )  # fmt: skip
     mem_last = result.mem_last
     if mem_last.shape != plan.shape:  # not a view: users detach_() membranes as they do any tensor

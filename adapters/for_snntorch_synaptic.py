@@ -151,6 +151,7 @@ def run(
     count(
         state, result, sizes[0], sizes[0] * sizes[1] * sizes[2], plan.b_th, plan.why_dense, plan.dtype.itemsize,
         in_time=steps is not None, asked_dense=asked_dense,
+        of_events=type(current) is DeferredCurrent or recurrent is not None,
     )  # fmt: skip
     if not kind.synaptic or kind.recurrent or current_learns(plan, current, syn):
         return result

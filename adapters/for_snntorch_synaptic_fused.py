@@ -26,7 +26,7 @@ from .for_snntorch_plan import (
     synaptic_plan_for,
 )
 from .for_snntorch_synaptic import current_learns, handed_out, run, run_step, shaped
-from .shared import taken
+from .shared import limit_steps, taken
 
 _ZEROS = object()  #: the state of a layer that begins
 
@@ -118,6 +118,8 @@ def _record_first(
         syn_learns = recording and current_learns(plan, input_, before[kind.states.index("syn")])
     specs = {"spk": (shape, site.spike_dtype, learns), "syn": (shape, dtype, syn_learns), "mem": (shape, dtype, learns)}
     site.outputs(device, *(specs[name] for name in kind.outputs))
+    if not kind.recurrent:
+        limit_steps(site, state, plan.b_th, plan.why_dense)
     ref = into.tensor_ref(site, input_) if what is Tensor else into.input_ref(input_)
     if type(ref) is tuple and all([type(start) is tuple for start in starts]):
         site.input_spec, site.state_specs = input_.spec, tuple([part.spec for part in before])

@@ -19,7 +19,7 @@ from sparse_backend.tensorlike import TensorLike, under_saved_tensor_hooks
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.functions import record_convolution
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, use
-from sparse_backend.timefusion.sites import LinearSite, dense, once
+from sparse_backend.timefusion.sites import LinearSite, NeuronSite, dense, once
 
 _FLOATS = (torch.float32, torch.float64)
 _SKIP_FIRST, _SKIP_MOST = 16, 1024
@@ -71,8 +71,10 @@ def count(
     *,
     in_time: bool = False,
     asked_dense: bool = False,
+    of_events: bool = False,
 ) -> None:
-    """Count one call of a spiking layer: `entries` of all `steps`. asked_dense: nobody looked whether it had to be."""
+    """Count one call of a spiking layer: `entries` of all `steps`. asked_dense: nobody looked whether it had to be;
+    of_events: its current was never made."""
     tally, form = layer.tally, "sequence" if in_time else "step"
     tally.entries += entries
     tally.at_once = max(tally.at_once, steps)
@@ -81,15 +83,20 @@ def count(
         tally.dense_kept += 2 * entries * itemsize
     if result.x is None:
         layer.path, layer.reason = f"sparse {form}", None
-        layer.dense_next = layer.DENSE_STEPS_FIRST
+        crowded = not of_events and policy.is_crowded(result.n_active, result.n_spikes, entries, result.spikes.device)
+        if crowded:
+            layer.go_dense(policy.WHY_CROWDED)
+        else:
+            layer.dense_next = layer.DENSE_STEPS_FIRST
         tally.sparse_steps += steps
         tally.add(result.n_active, result.n_spikes, entries)
         return
     layer.path, layer.reason = f"dense {form}", why_dense
     if layer.reason is None:
-        layer.reason = "b_th is infinite" if math.isinf(b_th) else policy.why_active(result.x.device)
+        seen = layer.dense_because if asked_dense else None
+        layer.reason = "b_th is infinite" if math.isinf(b_th) else seen or policy.why_active(result.x.device)
     if not (asked_dense or math.isinf(b_th)):
-        layer.went_dense()
+        layer.go_dense()
     if (steps > 1 or tally.dense_steps % layer.COUNT_DENSE_EVERY == 0) and not _is_captured(result.x):
         x = result.x[:, :: max(1, entries // layer.COUNT_DENSE_MOST)]
         active = x.numel() if math.isinf(b_th) else _number(x.abs() < b_th)
@@ -101,6 +108,17 @@ def _number(mask: Tensor) -> int | Tensor:
     """How many are true; a tensor where reading it would wait for the device."""
     total = mask.sum()
     return int(total) if policy.reads_at_once(total.device) else total
+
+
+def limit_steps(site: NeuronSite, layer: LayerState, b_th: float, why_dense: str | None) -> None:
+    """Let a large neuron layer whose sequences will be dense run as many steps at once as its memory is kept for."""
+    (spec, *_) = site.specs
+    if not policy.reads_at_once(spec.device):  # whose allocator keeps what it has
+        return
+    by_history = layer.dense_for > 0 and not under_saved_tensor_hooks()  # a checkpoint's second run saves as much
+    size = spec.shape.numel() * spec.dtype.itemsize
+    if size >= policy.LARGE_STEP_BYTES and (why_dense is not None or math.isinf(b_th) or by_history):
+        site.most = max(1, policy.DENSE_BYTES // size)
 
 
 def _is_captured(x: Tensor) -> bool:

@@ -89,6 +89,7 @@ class LayerState:
         self.last_mem: Any = None  #: weak reference to the membrane handed out last
         self.begins = True  #: a sequence has begun, and no step of it has yet looked whether weights were written to
         self.dense_for = 0  #: steps still to be run densely because activity was high
+        self.dense_because: str | None = None  #: what was seen, where it was not too many active entries
         self.dense_next = self.DENSE_STEPS_FIRST
         # What torch.compile may not find out while it traces: see the adapter's `prepare_to_trace`.
         self.traced_for: Any = None
@@ -96,8 +97,9 @@ class LayerState:
         self.traced_reset = ""
         self.traced_graded = False
 
-    def went_dense(self) -> None:
+    def go_dense(self, because: str | None = None) -> None:
         """A step was too active to be kept as events: run the next ones densely, more of them each time."""
+        self.dense_because = because
         self.dense_for = self.dense_next
         self.dense_next = min(2 * self.dense_next, self.DENSE_STEPS_MOST)
 

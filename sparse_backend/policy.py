@@ -25,8 +25,16 @@ MAX_ACTIVE = 0.4
 #: the same on a GPU, where matrix products are better still
 MAX_ACTIVE_CUDA = 0.25
 
+#: active entries and spikes together above this fraction of all are kept dense where the current is dense anyway:
+#: lists of so many cost more than they save, here and in what comes behind the layer
+MAX_LISTED = 0.5
+
 #: input events above this fraction of all go through a GEMM instead of row operations
 MAX_INPUT = 0.25
+
+#: a neuron that runs densely, and whose step has at least so many bytes, is given no more than the others at once: the
+#: memory of a longer sequence is new every time, and writing to it for the first time costs more than all else
+LARGE_STEP_BYTES, DENSE_BYTES = 1 << 20, 8 << 20
 
 #: bytes of input and output that convolutions and pooling are given at once: more steps than that leave the cache
 CHUNK_BYTES = 4 << 20
@@ -98,6 +106,16 @@ def reads_at_once(device: torch.device) -> bool:
 def max_active(device: torch.device) -> float:
     """Above which fraction of active entries a layer runs densely there."""
     return MAX_ACTIVE_CUDA if device.type == "cuda" else MAX_ACTIVE
+
+
+def is_crowded(n_active: int, n_spikes: int, entries: int, device: torch.device) -> bool:
+    """Whether lists of so many of all entries are more than a layer with a dense current should have made."""
+    return reads_at_once(device) and n_active + n_spikes > MAX_LISTED * entries
+
+
+WHY_CROWDED = (
+    f"its current is dense, and active neurons and spikes together are more than {100 * MAX_LISTED:.0f} % of it"
+)
 
 
 def why_active(device: torch.device) -> str:

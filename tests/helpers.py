@@ -137,13 +137,14 @@ def normal(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float64, 
 @contextmanager
 def sparse_always(max_active: float = 1.0, max_input: float = 1.0) -> Iterator[None]:
     """Never fall back to the dense regime because of counts."""
-    before = policy.MAX_ACTIVE, policy.MAX_ACTIVE_CUDA, policy.MAX_INPUT, policy.MAX_CONVOLVED
+    before = policy.MAX_ACTIVE, policy.MAX_ACTIVE_CUDA, policy.MAX_LISTED, policy.MAX_INPUT, policy.MAX_CONVOLVED
     policy.MAX_ACTIVE = policy.MAX_ACTIVE_CUDA = max_active
+    policy.MAX_LISTED = max_active + 1
     policy.MAX_INPUT = policy.MAX_CONVOLVED = max_input
     try:
         yield
     finally:
-        policy.MAX_ACTIVE, policy.MAX_ACTIVE_CUDA, policy.MAX_INPUT, policy.MAX_CONVOLVED = before
+        policy.MAX_ACTIVE, policy.MAX_ACTIVE_CUDA, policy.MAX_LISTED, policy.MAX_INPUT, policy.MAX_CONVOLVED = before
 
 
 @contextmanager

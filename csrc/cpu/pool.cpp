@@ -22,18 +22,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> events_pool(const Ten
                           static_cast<int32_t>(pool_h),          static_cast<int32_t>(pool_w),
                           static_cast<int32_t>(height / pool_h), static_cast<int32_t>(width / pool_w)};
     const int64_t columns = channels * windows.pooled_h * windows.pooled_w;
+    STD_TORCH_CHECK(columns < (1 << 30), "events_pool: expected fewer than 2**30 windows, got ", columns);
     const int64_t n_rows = row_ptr.numel() - 1, tasks = (n_rows + kRowsPerTask - 1) / kRowsPerTask;
     check_events(row_ptr, indices, n_rows, channels * height * width, "events");
     const bool learns = active_ptr.has_value() && active_indices.has_value();
     if (learns) check_events(*active_ptr, *active_indices, n_rows, channels * height * width, "active");
     const Rows spikes = rows(row_ptr, indices), active = rows(active_ptr, active_indices);
     Tensor slot = torch::stable::new_empty(row_ptr, {learns ? active_indices->numel() : 0}, ScalarType::Long);
+    Scratch<int32_t> places(channels * height * width);
+    windows.find(static_cast<int32_t>(channels), places.get());
     std::vector<FoundWindows> found(static_cast<size_t>(tasks));
     Scratch<int32_t> n_events(n_rows), n_active(learns ? n_rows : 0);
     const auto last_of = [&](int64_t i) { return std::min((i + 1) * kRowsPerTask, n_rows); };
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-            pool_rows(windows, columns, average, spikes, active, i * kRowsPerTask, last_of(i), n_events.get(),
+            pool_rows(places.get(), columns, average, spikes, active, i * kRowsPerTask, last_of(i), n_events.get(),
                       n_active.get(), output<int64_t>(slot), found[static_cast<size_t>(i)]);
     });
     Tensor out_ptr = empty_ints(row_ptr, n_rows + 1), out_active_ptr = empty_ints(row_ptr, learns ? n_rows + 1 : 0);

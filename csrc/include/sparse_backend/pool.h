@@ -11,12 +11,21 @@ struct Windows {
     int32_t pool_h, pool_w;  // of a window
     int32_t pooled_h, pooled_w;
 
-    // The window of column `index`, -1 where no whole window holds it. corner: whether it is the window's first entry.
-    int32_t of(int32_t index, bool& corner) const {
-        const int32_t area = height * width, c = index / area, y = index % area / width, x = index % width;
-        const int32_t down = y / pool_h, right = x / pool_w;
-        corner = y == down * pool_h && x == right * pool_w;
-        return down < pooled_h && right < pooled_w ? (c * pooled_h + down) * pooled_w + right : -1;
+    // Where every column of an image lies, places: [channels * height * width]. Twice its window, odd for the window's
+    // first entry, or -1 where no whole window holds it.
+    void find(int32_t channels, int32_t* places) const {
+        int32_t before = 0;  // windows of the channels and the lines of windows above
+        for (int32_t c = 0; c < channels; ++c, before += pooled_h * pooled_w) {
+            for (int32_t y = 0; y < height; ++y) {
+                const int32_t down = y / pool_h;
+                for (int32_t x = 0, right = 0, in_window = 0; x < width; ++x) {
+                    const bool is_first = in_window == 0 && y == down * pool_h,
+                               whole = down < pooled_h && right < pooled_w;
+                    *places++ = whole ? 2 * (before + down * pooled_w + right) + is_first : -1;
+                    if (++in_window == pool_w) ++right, in_window = 0;
+                }
+            }
+        }
     }
 };
 
@@ -53,20 +62,20 @@ struct FoundWindows {
     Growable<int32_t> events, counts, active;
 };
 
-// Rows first .. last. The maximum of a window of spikes is its first spike, or its first entry where there is none;
-// only an active entry that is one has a window. In an average every one has. slot: [n_active], the place of its window
-// among its row's active ones, -1 for none.
-inline void pool_rows(const Windows& windows, int64_t columns, bool average, const Rows& spikes, const Rows& active,
+// Rows first .. last. places: see `Windows::find`. The maximum of a
+// window of spikes is its first spike, or its first entry where there is none; only an active entry that is one has a
+// window. In an average every one has. slot: [n_active], the place of its window among its row's active ones, -1 for
+// none.
+inline void pool_rows(const int32_t* places, int64_t columns, bool average, const Rows& spikes, const Rows& active,
                       int64_t first, int64_t last, int32_t* n_events, int32_t* n_active, int64_t* slot,
                       FoundWindows& found) {
     WindowSet spiking(columns), learning(columns);
     Scratch<int32_t> count(columns), chosen(columns);
     for (int64_t row = first; row < last; ++row) {
-        bool corner = false;
         spiking.clear();
         for (int64_t e = spikes.row_ptr[row]; e < spikes.row_ptr[row + 1]; ++e) {
-            const int32_t w = windows.of(spikes.indices[e], corner);
-            if (w < 0) continue;
+            const int32_t place = places[spikes.indices[e]], w = place / 2;
+            if (place < 0) continue;
             if (!spiking.has(w)) chosen.get()[w] = spikes.indices[e], count.get()[w] = 0, spiking.add(w);
             ++count.get()[w];
         }
@@ -79,8 +88,8 @@ inline void pool_rows(const Windows& windows, int64_t columns, bool average, con
         const int64_t begin = active.row_ptr[row], end = active.row_ptr[row + 1];
         int64_t* out = slot - active.row_ptr[0];
         for (int64_t e = begin; e < end; ++e) {
-            const int32_t index = active.indices[e], w = windows.of(index, corner);
-            const bool counts = w >= 0 && (average || (spiking.has(w) ? chosen.get()[w] == index : corner));
+            const int32_t index = active.indices[e], place = places[index], w = place / 2;
+            const bool counts = place >= 0 && (average || (spiking.has(w) ? chosen.get()[w] == index : place % 2 == 1));
             out[e] = counts ? w : -1;
             if (counts) learning.add(w);
         }
