@@ -95,7 +95,7 @@ def _record_first(
         site.read_again()
     site.outputs(device, *_outputs(kind, plan, site, current, states))
     if kind.spikes and recurrent is None:
-        limit_steps(site, layer, plan.b_th, plan.why_dense)
+        limit_steps(site, layer, current, plan.b_th, plan.why_dense)
     starts = []
     for part in states:
         ref = into.state_ref(part)

@@ -95,7 +95,7 @@ def _record_first(
         site = into.sites[key] = _site(into, state, plan)
     learns = torch.is_grad_enabled() and (site.learns or learns_of(input_) or learns_of(before))
     site.outputs(input_.device, (shape, site.spike_dtype, learns), (shape, dtype, learns))
-    limit_steps(site, state, plan.b_th, plan.why_dense)
+    limit_steps(site, state, input_, plan.b_th, plan.why_dense)
     ref = into.tensor_ref(site, input_) if kind is Tensor else into.input_ref(input_)
     if type(ref) is tuple and type(start) is tuple:
         site.input_spec, site.state_specs = input_.spec, (before.spec,)

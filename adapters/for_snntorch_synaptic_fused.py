@@ -119,7 +119,7 @@ def _record_first(
     specs = {"spk": (shape, site.spike_dtype, learns), "syn": (shape, dtype, syn_learns), "mem": (shape, dtype, learns)}
     site.outputs(device, *(specs[name] for name in kind.outputs))
     if not kind.recurrent:
-        limit_steps(site, state, plan.b_th, plan.why_dense)
+        limit_steps(site, state, input_, plan.b_th, plan.why_dense)
     ref = into.tensor_ref(site, input_) if what is Tensor else into.input_ref(input_)
     if type(ref) is tuple and all([type(start) is tuple for start in starts]):
         site.input_spec, site.state_specs = input_.spec, tuple([part.spec for part in before])

@@ -19,7 +19,7 @@ from sparse_backend.tensorlike import TensorLike, under_saved_tensor_hooks
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.functions import record_convolution
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, use
-from sparse_backend.timefusion.sites import LinearSite, NeuronSite, dense, once
+from sparse_backend.timefusion.sites import FunctionSite, LinearSite, NeuronSite, dense, once
 
 _FLOATS = (torch.float32, torch.float64)
 _SKIP_FIRST, _SKIP_MOST = 16, 1024
@@ -110,14 +110,16 @@ def _number(mask: Tensor) -> int | Tensor:
     return int(total) if policy.reads_at_once(total.device) else total
 
 
-def limit_steps(site: NeuronSite, layer: LayerState, b_th: float, why_dense: str | None) -> None:
-    """Let a large neuron layer whose sequences will be dense run as many steps at once as its memory is kept for."""
+def limit_steps(site: NeuronSite, layer: LayerState, current: Any, b_th: float, why_dense: str | None) -> None:
+    """Let a large neuron layer whose sequences will be dense, what it is given or what it gives, run as many steps at
+    once as their memory is kept for."""
     (spec, *_) = site.specs
     if not policy.reads_at_once(spec.device):  # whose allocator keeps what it has
         return
     by_history = layer.dense_for > 0 and not under_saved_tensor_hooks()  # a checkpoint's second run saves as much
     size = spec.shape.numel() * spec.dtype.itemsize
-    if size >= policy.LARGE_STEP_BYTES and (why_dense is not None or math.isinf(b_th) or by_history):
+    is_dense = type(current) is Placeholder and type(current.ref[0].site) is FunctionSite
+    if size >= policy.LARGE_STEP_BYTES and (is_dense or why_dense is not None or math.isinf(b_th) or by_history):
         site.most = max(1, policy.DENSE_BYTES // size)
 
 

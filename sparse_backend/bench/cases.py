@@ -78,6 +78,7 @@ class Case:
 
 _FMNIST = Case("fmnist", 784, (200, 200), 10, steps=100, events=400, coding="latency", aim=1.0, data="fashion_mnist")
 _SHD = Case("shd", 700, (200, 200), 20, steps=500, events=8000, coding="recording", aim=3.0)
+_LOOP_AND_STEP = (STOCK, LOOP, STEP)
 _DENSE_PATHS = (STOCK, SEQUENCE, LOOP, STEP)
 _DENSE: dict[str, Any] = {"aim": 15.0, "aim_at": "spikes"}
 _NORSE: dict[str, Any] = {
@@ -95,6 +96,14 @@ _CONV = Case(
     batch=128, paths=(STOCK, LOOP, LOOP_EVENTS, STEP, STOCK_NO_GRAD, LOOP_NO_GRAD), net="conv", image=(1, 28, 28),
     layout="28x28 - 12C5 - MP2 - 64C5 - MP2 - 10", data="fashion_mnist",
 )  # fmt: skip
+_NORMED = dataclasses.replace(
+    _CONV, name="conv-normed", hidden=(16 * 28 * 28, 32 * 14 * 14), steps=20, aim=20.0, paths=_LOOP_AND_STEP,
+    net="normed conv", layout="28x28 - 16C3 - BN - AP2 - 32C3 - BN - AP2 - 10", surrogate="broad", b_th="auto",
+)  # fmt: skip
+_STATIC = dataclasses.replace(
+    _FMNIST, name="static", hidden=(1000,), steps=25, batch=128, net="static", paths=_LOOP_AND_STEP, b_th="auto",
+    aim=10.0, aim_at="spikes", surrogate="broad",
+)  # fmt: skip
 _STATES_PATHS = (STOCK, LOOP, LOOP_EVENTS, STEP)
 
 CASES: dict[str, Case] = {
@@ -109,6 +118,8 @@ CASES: dict[str, Case] = {
         dataclasses.replace(_FMNIST, name="dense-auto", surrogate="atan", b_th="auto", paths=_DENSE_PATHS, **_DENSE),
         dataclasses.replace(_FMNIST, name="forced", net="forced", paths=(STOCK, LOOP, STEP)),
         _CONV,
+        _NORMED,
+        _STATIC,
         dataclasses.replace(_FMNIST, name="synaptic", net="synaptic", paths=_STATES_PATHS),
         dataclasses.replace(_SHD, name="recurrent", net="recurrent", hidden=(200,), paths=_STATES_PATHS),
         *_NORSE_CASES,
@@ -268,6 +279,9 @@ TARGETS: tuple[Target, ...] = (
         for target in (Target("conv", path, "whole", 3), Target("conv", path, "kept", 0.05))
     ),
     Target("conv", STEP, "whole", 2),
+    *(Target("conv-normed", path, "whole", 1 / 1.05) for path in (LOOP, STEP)),
+    Target("static", LOOP, "whole", 2),
+    Target("static", STEP, "whole", 1 / 1.05),
     Target("conv", LOOP_NO_GRAD, "forward", 3, STOCK_NO_GRAD),
     *(
         target

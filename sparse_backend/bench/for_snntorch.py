@@ -31,6 +31,7 @@ __all__ = ["NETS", "SURROGATES", "currents", "exact", "given", "intercepted", "n
 
 SURROGATES: dict[str, tuple[str, Callable[[], Any]]] = {
     "fast_sigmoid": (f"fast_sigmoid(slope={SLOPE})", lambda: surrogate.fast_sigmoid(slope=SLOPE)),
+    "broad": ("fast_sigmoid(slope=25)", lambda: surrogate.fast_sigmoid(slope=25)),
     "atan": ("atan(), snnTorch's default", surrogate.atan),
 }
 

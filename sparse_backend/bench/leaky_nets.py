@@ -68,6 +68,14 @@ class ForcedNet(LeakyNet):
         return spk.sum().item() > 1e9
 
 
+class StaticNet(LeakyNet):
+    """Is fed one image at every step: which inputs have an event at all."""
+
+    def forward(self, x: Tensor) -> Output:  # [T, B, inputs]
+        image = x.sum(0)
+        return super().forward(image.expand(x.shape))
+
+
 class ConvNet(nn.Module):
     """Two convolutions with pooling and one linear layer, `Leaky` behind each."""
 
@@ -101,10 +109,45 @@ class ConvNet(nn.Module):
         return [self.conv1, self.conv2]
 
 
+class NormedConvNet(nn.Module):
+    """Two convolutions with a batch norm each, `Leaky`, and average pooling of its spikes; a linear layer."""
+
+    return_hidden = False
+
+    def __init__(self, classes: int, spike_grad: Any, make: MakeNeurons) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (initial(nn.Conv2d(m, n, 3, padding=1, bias=False)) for m, n in ((1, 16), (16, 32)))
+        self.norm1, self.norm2 = nn.BatchNorm2d(16), nn.BatchNorm2d(32)
+        self.pool = nn.AvgPool2d(2)
+        self.fc = initial(nn.Linear(32 * 7 * 7, classes))
+        self.neurons = make(3, spike_grad)
+
+    def forward(self, x: Tensor) -> Output:  # [T, B, 1, 28, 28]
+        lif1, lif2, lif3 = self.neurons
+        mem1, mem2, mem3 = lif1.reset_mem(), lif2.reset_mem(), lif3.reset_mem()
+        rec1, rec2, spk_rec, mem_rec = [], [], [], []
+        for step in range(x.shape[0]):
+            spk1, mem1 = lif1(self.norm1(self.conv1(x[step])), mem1)
+            spk2, mem2 = lif2(self.norm2(self.conv2(self.pool(spk1))), mem2)
+            spk3, mem3 = lif3(self.fc(self.pool(spk2).flatten(1)), mem3)
+            if self.return_hidden:
+                rec1.append(spk1)
+                rec2.append(spk2)
+            spk_rec.append(spk3)
+            mem_rec.append(mem3)
+        hidden = [torch.stack(rec1), torch.stack(rec2)] if self.return_hidden else ()
+        return Output(torch.stack(spk_rec), torch.stack(mem_rec), hidden)
+
+    @property
+    def inner(self) -> list[Any]:
+        return [self.norm1, self.norm2]
+
+
 def initial(layer: Any) -> Any:
     """The layer with other random weights, and biases of 0: these alone would drive some neurons all the time."""
     nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.weight[0].numel()))
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -117,6 +160,8 @@ def nets(make: MakeNeurons, surrogates: dict[str, tuple[str, Callable[[], Any]]]
     return {
         "feedforward": sized(LeakyNet),
         "forced": sized(ForcedNet),
+        "static": sized(StaticNet),
+        "normed conv": lambda case: NormedConvNet(case.classes, surrogates[case.surrogate][1](), make),
         "conv": lambda case: ConvNet(case.classes, surrogates[case.surrogate][1](), make),
     }
 
