@@ -32,8 +32,8 @@ MAX_LISTED = 0.5
 #: input events above this fraction of all go through a GEMM instead of row operations
 MAX_INPUT = 0.25
 
-#: a neuron that runs densely, and whose step has at least so many bytes, is given no more than the others at once: the
-#: memory of a longer sequence is new every time, and writing to it for the first time costs more than all else
+#: a neuron layer with dense sequences, one step of which has at least the first of these bytes, runs as many steps at
+#: once as make the second: the memory of more is new every time, and writing to it first costs more than all else
 LARGE_STEP_BYTES, DENSE_BYTES = 1 << 20, 8 << 20
 
 #: bytes of input and output that convolutions and pooling are given at once: more steps than that leave the cache

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_loops import BATCH, INPUTS, STEPS, Net, check, net_of, same_values
+from fusion_loops import BATCH, INPUTS, STEPS, Net, check, net_of, same_values, stock_and_enabled
 from helpers import normal, spikes
-from pairs import WAYS, Way, enabled, outcome, stock
+from pairs import WAYS, Way, enabled, outcome
 from torch import Tensor
 
 IMAGE = (BATCH, 3, 2, 2)  #: as many entries as the first layer has inputs
@@ -198,13 +198,11 @@ def test_backward_through_every_step(way: Way) -> None:
         return out
 
     x = dense_image().flatten(1).clone()
-    theirs, ours = (outcome(net, lambda net: net(x)) for net in pair(way, loop))
+    outcomes = []
+    for net, policy in stock_and_enabled(way, loop):
+        with policy:
+            outcomes.append(outcome(net, lambda net: net(x)))
+    theirs, ours = outcomes
     assert theirs.gradients.keys() == ours.gradients.keys()
     for name, gradient in theirs.gradients.items():
         torch.testing.assert_close(ours.gradients[name], gradient, rtol=1e-8, atol=1e-12)
-
-
-def pair(way: Way, loop: Any) -> tuple[Any, Any]:
-    theirs, _ = stock(net_of(loop), way.b_th)
-    with way.policy():
-        return theirs, enabled(net_of(loop), way)

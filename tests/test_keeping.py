@@ -128,11 +128,12 @@ def test_short_lists_are_left_alone():
     assert not columns_in(saved, *NARROW)
 
 
-def test_nothing_outlives_the_graph(monkeypatch):
+@pytest.mark.parametrize("inputs", [INPUTS, (1 << 15) + 1])
+def test_nothing_outlives_the_graph(monkeypatch, inputs):
     monkeypatch.setattr(keeping, "LEAST", 1)
     gc.collect()
     before = len(keeping._made)
-    loss = leaky(spikes((11, 3, INPUTS), 0.1, seed=1), layers())
+    loss = leaky(spikes((11, 3, inputs), 0.1, seed=1), layers(inputs))
     loss.backward()
     del loss
     gc.collect()

@@ -76,26 +76,22 @@ class StaticNet(LeakyNet):
         return super().forward(image.expand(x.shape))
 
 
-class ConvNet(nn.Module):
-    """Two convolutions with pooling and one linear layer, `Leaky` behind each."""
+class ImageNet(nn.Module):
+    """Three layers of `Leaky` over images. A subclass says what makes the current of each from what comes before it."""
 
     return_hidden = False
 
-    def __init__(self, classes: int, spike_grad: Any, make: MakeNeurons) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = initial(nn.Conv2d(1, 12, 5)), initial(nn.Conv2d(12, 64, 5))
-        self.pool = nn.MaxPool2d(2)
-        self.fc = initial(nn.Linear(64 * 4 * 4, classes))
-        self.neurons = make(3, spike_grad)
+    def currents(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Output:  # [T, B, 1, 28, 28]
-        lif1, lif2, lif3 = self.neurons
+        (lif1, lif2, lif3), (current1, current2, current3) = self.neurons, self.currents()
         mem1, mem2, mem3 = lif1.reset_mem(), lif2.reset_mem(), lif3.reset_mem()
         rec1, rec2, spk_rec, mem_rec = [], [], [], []
         for step in range(x.shape[0]):
-            spk1, mem1 = lif1(self.pool(self.conv1(x[step])), mem1)
-            spk2, mem2 = lif2(self.pool(self.conv2(spk1)), mem2)
-            spk3, mem3 = lif3(self.fc(spk2.flatten(1)), mem3)
+            spk1, mem1 = lif1(current1(x[step]), mem1)
+            spk2, mem2 = lif2(current2(spk1), mem2)
+            spk3, mem3 = lif3(current3(spk2), mem3)
             if self.return_hidden:
                 rec1.append(spk1)
                 rec2.append(spk2)
@@ -104,15 +100,31 @@ class ConvNet(nn.Module):
         hidden = [torch.stack(rec1), torch.stack(rec2)] if self.return_hidden else ()
         return Output(torch.stack(spk_rec), torch.stack(mem_rec), hidden)
 
+
+class ConvNet(ImageNet):
+    """Two convolutions with pooling and one linear layer, `Leaky` behind each."""
+
+    def __init__(self, classes: int, spike_grad: Any, make: MakeNeurons) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = initial(nn.Conv2d(1, 12, 5)), initial(nn.Conv2d(12, 64, 5))
+        self.pool = nn.MaxPool2d(2)
+        self.fc = initial(nn.Linear(64 * 4 * 4, classes))
+        self.neurons = make(3, spike_grad)
+
+    def currents(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        return (
+            lambda x: self.pool(self.conv1(x)),
+            lambda spk: self.pool(self.conv2(spk)),
+            lambda spk: self.fc(spk.flatten(1)),
+        )
+
     @property
     def inner(self) -> list[Any]:
         return [self.conv1, self.conv2]
 
 
-class NormedConvNet(nn.Module):
+class NormedConvNet(ImageNet):
     """Two convolutions with a batch norm each, `Leaky`, and average pooling of its spikes; a linear layer."""
-
-    return_hidden = False
 
     def __init__(self, classes: int, spike_grad: Any, make: MakeNeurons) -> None:
         super().__init__()
@@ -122,21 +134,12 @@ class NormedConvNet(nn.Module):
         self.fc = initial(nn.Linear(32 * 7 * 7, classes))
         self.neurons = make(3, spike_grad)
 
-    def forward(self, x: Tensor) -> Output:  # [T, B, 1, 28, 28]
-        lif1, lif2, lif3 = self.neurons
-        mem1, mem2, mem3 = lif1.reset_mem(), lif2.reset_mem(), lif3.reset_mem()
-        rec1, rec2, spk_rec, mem_rec = [], [], [], []
-        for step in range(x.shape[0]):
-            spk1, mem1 = lif1(self.norm1(self.conv1(x[step])), mem1)
-            spk2, mem2 = lif2(self.norm2(self.conv2(self.pool(spk1))), mem2)
-            spk3, mem3 = lif3(self.fc(self.pool(spk2).flatten(1)), mem3)
-            if self.return_hidden:
-                rec1.append(spk1)
-                rec2.append(spk2)
-            spk_rec.append(spk3)
-            mem_rec.append(mem3)
-        hidden = [torch.stack(rec1), torch.stack(rec2)] if self.return_hidden else ()
-        return Output(torch.stack(spk_rec), torch.stack(mem_rec), hidden)
+    def currents(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        return (
+            lambda x: self.norm1(self.conv1(x)),
+            lambda spk: self.norm2(self.conv2(self.pool(spk))),
+            lambda spk: self.fc(self.pool(spk).flatten(1)),
+        )
 
     @property
     def inner(self) -> list[Any]:

@@ -24,9 +24,10 @@ _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def made(columns: int, *lists: Tensor) -> None:
     """Tell that this package has made these int32 lists, of entries below `columns`."""
+    dtype = _dtype(columns)
     for indices in lists:
-        if type(indices) is Tensor and indices.shape[0] >= LEAST:
-            _made[indices] = _dtype(columns), None
+        if type(indices) is Tensor and indices.shape[0] >= LEAST and dtype in _NARROW:
+            _made[indices] = dtype, None
 
 
 def bytes_of(entries: int, columns: int) -> int:
@@ -36,13 +37,18 @@ def bytes_of(entries: int, columns: int) -> int:
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """`ctx.save_for_backward`; read with `saved`."""
-    kept = [*map(_narrow, tensors)]
-    ctx.narrowed = [narrow is not tensor for narrow, tensor in zip(kept, tensors, strict=True)]
-    ctx.save_for_backward(*kept)
+    ctx.narrowed = None
+    if _made:  # no list is long in step form, which is called most
+        kept = tuple(map(_narrow, tensors))
+        ctx.narrowed = [narrow is not tensor for narrow, tensor in zip(kept, tensors, strict=True)]
+        tensors = kept
+    ctx.save_for_backward(*tensors)
 
 
 def saved(ctx: Any) -> tuple[Any, ...]:
     """`ctx.saved_tensors`, as they were."""
+    if ctx.narrowed is None:
+        return ctx.saved_tensors  # type: ignore[no-any-return]
     kept = zip(ctx.saved_tensors, ctx.narrowed, strict=True)
     return tuple(tensor.to(torch.int32) if narrowed else tensor for tensor, narrowed in kept)
 
@@ -54,9 +60,10 @@ def _dtype(columns: int) -> torch.dtype:
 def _narrow(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or type(tensor) is not Tensor or tensor.dtype is not torch.int32 or tensor.numel() < LEAST:
         return tensor
-    if tensor not in _made:
+    known = _made.get(tensor)
+    if known is None:
         return tensor
-    dtype, narrow = _made[tensor]
+    dtype, narrow = known
     if narrow is None:
         narrow = tensor.to(dtype)
         _made[tensor] = dtype, narrow

@@ -325,7 +325,7 @@ class Recording:
         self.pending: list[Node] = []
         self.watched: list[tuple[Tensor, int, bool]] = []
         self.reading: list[TensorLike] = []  #: the caller's spikes and currents that calls have yet to read
-        self.lazy: list[weakref.ref[TensorLike]] = []  #: currents of linear layers that have run, as far as events do
+        self.lazy: list[weakref.ref[TensorLike]] = []  #: currents of linear layers that have run, not computed yet
         self.summed: dict[int, Tensor] = {}  #: the caller's tensors that a running sum began with
         self.longest = 0  #: steps of the longest run so far
         self.holders: list[Any] = []  #: states of layers that know their last call's site
@@ -570,11 +570,10 @@ def is_again(tensor: Any, before: Any) -> bool:
         return False
     return (
         tensor._base is before._base
-        and not (tensor.requires_grad or before.requires_grad)
         and tensor.data_ptr() == before.data_ptr()
         and tensor.shape == before.shape
-        and tensor.stride() == before.stride()
         and tensor.dtype is before.dtype
+        and _is_same(tensor, before)
     )
 
 
