@@ -7,6 +7,7 @@
 #   make docs      build the documentation, warnings are errors
 #   make doctest   run the examples in docstrings and documents
 #   make asan      the kernel tests under the address sanitizer
+#   make races     the CUDA kernels on the emulated device, each access held against those of other threads
 #   make gpu-test  the CUDA kernels on this machine's GPU; uses $(PYTHON) and what it has, makes no environment
 #   make gpu-kernels gpu-compile gpu-models gpu-memcheck gpu-racecheck   its pieces, each for itself
 #   make gpu-bench measure on this machine's GPU, in the same way (BENCH_ARGS="...")
@@ -27,7 +28,7 @@ BENCH_ARGS ?=
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-reference demo bench docs doctest asan gpu-test gpu-bench format format-check clean
+.PHONY: help venv lint test test-reference demo bench docs doctest asan races gpu-test gpu-bench format format-check clean
 .PHONY: gpu-build gpu-kernels gpu-compile gpu-models gpu-memcheck gpu-racecheck
 
 help:
@@ -87,6 +88,11 @@ asan: venv
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 SPARSE_BACKEND_SANITIZE=address SPARSE_BACKEND_DEBUG=1 SPARSE_BACKEND_BUILD=cpu \
 	  $(BIN)/python -m pytest -p no:cacheprovider -p no:faulthandler --capture=sys -m "kernels and not slow" $(PYTEST_ARGS)
+
+# Without the layers of 1000 neurons, which take as long as everything else together.
+races: venv
+	EMULATION_CHECKS_RACES=1 SPARSE_BACKEND_BUILD=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
+	  tests/test_cuda_kernels.py tests/test_cuda_lif_kernels.py tests/test_cuda_half_ops.py -k "not 1000" $(PYTEST_ARGS)
 
 # Needs a GPU, a CUDA build of torch, nvcc, ninja, pytest and hypothesis in $(PYTHON): often that of a container. Under
 # the sanitizer every tensor is an allocation of its own, so that a step outside one is seen; hypothesis draws the same

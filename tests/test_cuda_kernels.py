@@ -65,21 +65,43 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("which", "threads", "said"), [(i, t, said) for i, (_, t, said) in enumerate(WRONG)])
-def test_a_wrong_kernel_is_noticed(which, threads, said):
-    out = ctypes.c_int(7)
-    told = emulation.library().emulation_run_wrong(which, threads, ctypes.byref(out)).decode()
-    assert said in told
+@pytest.mark.parametrize(("kernel", "threads", "said"), [(i, t, said) for i, (_, t, said) in enumerate(WRONG)])
+def test_a_wrong_kernel_is_noticed(kernel, threads, said):
+    assert said in emulation.run(kernel, 1, threads)[0]
 
 
 def test_a_race_shows_in_another_order():
     results = set()
     for order in ORDERS:
         emulation.set_device(order)
-        out = ctypes.c_int()
-        assert emulation.library().emulation_run_wrong(len(WRONG), 32, ctypes.byref(out)) == b""
-        results.add(out.value)
-    assert len(results) == 3
+        results.add(emulation.run(len(WRONG), 1, 32))
+    if emulation.CHECKS_RACES:
+        assert all("race: shared memory" in told for told, _ in results)
+    else:
+        assert len(results) == 3 and not any(told for told, _ in results)
+
+
+RACES = [
+    ("nothing orders threads", 6, 1, 32, "race: shared memory written by thread 0 of block 0, then read"),
+    ("a ballot orders nothing", 7, 1, 32, "race: shared memory written by thread 0 of block 0, then read"),
+    ("__syncwarp orders a warp", 8, 1, 32, ""),
+    ("__syncwarp orders no other warp", 8, 1, 64, "race: shared memory written by thread 0 of block 0, then read"),
+    ("a barrier orders a block", 9, 1, 64, ""),
+    ("shared memory holds nothing at first", 10, 1, 32, "never written in this block: shared memory read"),
+    ("nor in a later block", 10, 2, 32, "never written in this block: shared memory read"),
+    ("one block", 11, 1, 32, ""),
+    ("nothing orders blocks", 11, 2, 32, "race: global memory written by thread 0 of block 0, then written"),
+    ("all write the same", 12, 2, 64, ""),
+    ("__ldg of what was written", 13, 1, 32, "__ldg of what the launch writes: global memory written"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "blocks", "threads", "said"), [race[1:] for race in RACES], ids=[r[0] for r in RACES]
+)
+def test_races_are_noticed_where_they_are_looked_for(kernel, blocks, threads, said):
+    told, _ = emulation.run(kernel, blocks, threads)
+    assert said in told if said and emulation.CHECKS_RACES else told == ""
 
 
 def test_an_op_reaches_its_own_tensors_alone():

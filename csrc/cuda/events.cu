@@ -39,16 +39,16 @@ __global__ void __launch_bounds__(kThreads, 4)
         }
         if (lane < kAhead && w0 + lane < words) bits[w0 + lane] = mine;
     }
-    if (__ballot_sync(kWarp, other) != 0 && lane == 0) out(not_one_)[0] = 1;
+    if (__ballot_sync(kWarp, other) != 0 && lane == 0) store_same(out(not_one_), 1);
 }
 
-// Sum of a block's integers before each thread; `total` is that of all.
+// Sum of a block's integers before each thread; `total` is that of all. Once in a kernel: a second use would need a
+// barrier before it.
 __device__ __forceinline__ int block_sum_before(int value, int& total) {
     __shared__ int of_warp[kWarps];
     int in_warp;
     const int before = sum_before(value, in_warp);
     const int warp = static_cast<int>(threadIdx.x) / kLanes;
-    __syncthreads();  // an earlier use has been read
     if (lane_id() == 0) of_warp[warp] = in_warp;
     __syncthreads();
     int base = 0;

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ NAMESPACE = "sparse_backend_emulated"
 HERE = Path(__file__).resolve().parent
 ASCENDING, DESCENDING, SHUFFLED = 0, 1, 2
 L2_BYTES = 32 << 20
+
+#: whether every access is checked against those of other threads, ten times slower
+CHECKS_RACES = os.environ.get("EMULATION_CHECKS_RACES", "") not in ("", "0")
 
 #: every op with kernels
 OPS = (
@@ -42,13 +46,14 @@ def describe() -> _build.sources.Description:
     return _build.sources.Description(
         name=NAMESPACE,
         root=root,
-        sources=(*sorted(cuda.glob("*.cu")), *sorted(cuda.glob("*.cpp")), HERE / "controls.cpp"),
+        sources=(*sorted(cuda.glob("*.cu")), *sorted(cuda.glob("*.cpp")), *sorted(HERE.glob("*.cpp"))),
         headers=headers,
         include_dirs=(HERE, include, cuda),
         cflags=(
             *(flag for flag in cflags if flag != "-O3"),
             *("-O1", "-x", "c++", "-include", "emulated.h"),
             *("-DUSE_CUDA", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"),
+            *(["-fsanitize=thread"] if CHECKS_RACES else []),  # without its library: races.cpp answers
         ),
         ldflags=ldflags,
     )
@@ -67,7 +72,7 @@ def library() -> ctypes.CDLL:
     controls.emulation_launches.restype = ctypes.c_int64
     controls.emulation_synchronisations.restype = ctypes.c_int64
     controls.emulation_reaches.restype = ctypes.c_bool
-    controls.emulation_run_wrong.restype = ctypes.c_char_p
+    controls.emulation_run.restype = ctypes.c_char_p
     return controls
 
 
@@ -99,6 +104,13 @@ def capture() -> Iterator[None]:
         yield
     finally:
         library().emulation_capture(0)
+
+
+def run(kernel: int, blocks: int, threads: int) -> tuple[str, int]:
+    """Run a kernel of controls.cpp; what the device says of it, and the number it wrote."""
+    out = ctypes.c_int(7)
+    told = library().emulation_run(kernel, blocks, threads, ctypes.byref(out))
+    return told.decode(), out.value
 
 
 def set_device(order: int = ASCENDING, l2_bytes: int = L2_BYTES) -> None:

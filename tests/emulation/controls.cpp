@@ -9,7 +9,8 @@ namespace {
 void reads_past_the_end(const int* data_, int* out_) {
     const Global<const int> data(data_);
     const Global<int> out(out_);
-    out[0] = data[threadIdx.x];
+    const int got = data[threadIdx.x];
+    if (threadIdx.x == 0) out[0] = got;
 }
 
 void writes_before_the_beginning(const int*, int* out_) {
@@ -37,6 +38,41 @@ void hangs_on_the_order_of_threads(const int*, int* out_) {
     last = static_cast<int>(threadIdx.x);
     const Global<int> out(out_);
     out[0] = last;
+}
+
+// What orders the last thread's read after the first one's write.
+enum class Order { nothing, ballot, warp, block };
+template <Order ORDER>
+void hands_over(const int*, int* out_) {
+    __shared__ int of_thread[64];
+    of_thread[threadIdx.x] = 1;
+    if (ORDER == Order::ballot) __ballot_sync(0xffffffffu, true);
+    if (ORDER == Order::warp) __syncwarp();
+    if (ORDER == Order::block) __syncthreads();
+    const Global<int> out(out_);
+    if (threadIdx.x + 1 == blockDim.x) out[0] = of_thread[0];
+}
+
+void reads_shared_memory_as_it_comes(const int*, int* out_) {
+    __shared__ int numbers[32];
+    const Global<int> out(out_);
+    if (threadIdx.x == 0) out[0] = numbers[0];
+    __syncthreads();
+    numbers[threadIdx.x] = 1;
+}
+
+void writes_in_every_block(const int*, int* out_) {
+    const Global<int> out(out_);
+    if (threadIdx.x == 0) out[0] = 1;
+}
+
+void all_write_the_same(const int*, int* out_) {
+    store_same(Global<int>(out_), 1);
+}
+
+void loads_what_it_wrote(const int*, int* out_) {
+    const Global<int> out(out_);
+    if (threadIdx.x == 0) out[0] = 1, out[0] = __ldg(&out[0]);
 }
 
 }  // namespace
@@ -71,18 +107,28 @@ EXPORTED bool emulation_reaches(const char* data) {
     return after != buffers.begin() && std::prev(after)->second > data;
 }
 
-// Runs a wrong kernel over 32 entries with 32 threads, or 33 of them; what the device says of it, "" where it is
-// content.
-EXPORTED const char* emulation_run_wrong(int which, int threads, int* out) {
+// Runs a kernel that is wrong, or may be, over 32 entries; what the device says of it, "" where it is content.
+EXPORTED const char* emulation_run(int which, int blocks, int threads, int* out) {
     using Kernel = void (*)(const int*, int*);
-    constexpr Kernel kernels[] = {
-        reads_past_the_end,        writes_before_the_beginning,    loads_16_bytes_at_an_odd_place,
-        not_all_reach_the_barrier, shuffles_from_outside_the_mask, hangs_on_the_order_of_threads};
-    alignas(16) static int data[32];
+    constexpr Kernel kernels[] = {reads_past_the_end,
+                                  writes_before_the_beginning,
+                                  loads_16_bytes_at_an_odd_place,
+                                  not_all_reach_the_barrier,
+                                  shuffles_from_outside_the_mask,
+                                  hangs_on_the_order_of_threads,
+                                  hands_over<Order::nothing>,
+                                  hands_over<Order::ballot>,
+                                  hands_over<Order::warp>,
+                                  hands_over<Order::block>,
+                                  reads_shared_memory_as_it_comes,
+                                  writes_in_every_block,
+                                  all_write_the_same,
+                                  loads_what_it_wrote};
+    alignas(16) int data[32] = {};
     emulation::announce(data, sizeof data);
     emulation::announce(out, sizeof *out);
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(1), config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(static_cast<unsigned>(threads));
     const int code = cudaLaunchKernelEx(&config, kernels[which], static_cast<const int*>(data), out);
     if (code == cudaSuccess) return "";
     cudaGetLastError();

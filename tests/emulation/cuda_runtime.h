@@ -4,7 +4,8 @@
 // barrier or a warp operation waits until all that take part have arrived; where they never do, the launch fails. So
 // does any access outside the buffers the op at hand has announced: kernels reach global memory through `Global`, a
 // pointer that knows its bounds. As on a device, the last failure stays until somebody takes it. Blocks and threads can
-// be run in other orders (`emulation::state().order`), which shows up results that hang on one.
+// be run in other orders (`emulation::state().order`), which shows up results that hang on one. Compiled with
+// -fsanitize=thread, every access is reported to races.cpp, which knows what orders two threads' accesses.
 #pragma once
 
 #include <setjmp.h>
@@ -68,6 +69,7 @@ struct Thread {
     unsigned mask = 0;       // of the warp operation it waits in
     uint64_t value = 0;      // what it brings there
     uint64_t seen[32] = {};  // what the lanes of the mask brought
+    uint32_t syncs = 0;      // __syncwarps it has passed in this block
     std::unique_ptr<char[]> stack{new char[kStack]};
 };
 
@@ -82,14 +84,29 @@ struct State {
     Thread* current = nullptr;
     jmp_buf scheduler;
     const std::function<void()>* body = nullptr;
-    std::string fault;   // that of the launch or copy at hand
-    int last_error = 0;  // a cudaError_t
+    std::string fault;         // that of the launch or copy at hand
+    int last_error = 0;        // a cudaError_t
+    uint32_t block = 0;        // of this launch, by number
+    int64_t blocks_begun = 0;  // of all launches
+    uint32_t barriers = 0;     // that the block has passed
 };
 
 inline State& state() {
     static State one;
     return one;
 }
+
+// While one lives, what is accessed is this runtime's affair and not the kernel's.
+inline bool in_kernel = false;
+class Runtime {
+  public:
+    __attribute__((no_sanitize_thread)) Runtime() : before_(in_kernel) { in_kernel = false; }
+    __attribute__((no_sanitize_thread)) ~Runtime() { in_kernel = before_; }
+    Runtime(const Runtime&) = delete;
+
+  private:
+    bool before_;
+};
 
 // The host code tells which memory a kernel may touch; a newer buffer replaces what it overlaps.
 inline void announce(const void* data, size_t bytes) {
@@ -110,7 +127,8 @@ inline void leave() {  // from a thread back to the scheduler
     if (_setjmp(state().current->where) == 0) _longjmp(state().scheduler, 1);
 }
 
-[[noreturn]] inline void fail(const std::string& text) {
+[[noreturn]] __attribute__((no_sanitize_thread)) inline void fail(const std::string& text) {
+    in_kernel = false;
     State& s = state();
     char where[128];
     std::snprintf(where, sizeof where, " (block %u,%u,%u thread %u)", blockIdx.x, blockIdx.y, blockIdx.z,
@@ -120,8 +138,11 @@ inline void leave() {  // from a thread back to the scheduler
     _longjmp(s.scheduler, 1);
 }
 
-inline void first_entry() {
-    (*state().body)();
+__attribute__((no_sanitize_thread)) inline void first_entry() {
+    const std::function<void()>& body = *state().body;
+    in_kernel = true;
+    body();
+    in_kernel = false;
     state().current->state = Thread::kDone;
     _longjmp(state().scheduler, 1);
 }
@@ -165,7 +186,9 @@ inline bool run_block(const std::function<void()>& body, unsigned count) {
     s.body = &body;
     s.count = count;
     while (s.threads.size() < count) s.threads.push_back(std::make_unique<Thread>());
-    for (unsigned i = 0; i < count; ++i) s.threads[i]->state = Thread::kNew, s.threads[i]->index = i;
+    for (unsigned i = 0; i < count; ++i)
+        s.threads[i]->state = Thread::kNew, s.threads[i]->index = i, s.threads[i]->syncs = 0;
+    s.barriers = 0, ++s.blocks_begun;
     for (;;) {
         bool progress = false;
         unsigned alive = 0, at_barrier = 0;
@@ -185,13 +208,29 @@ inline bool run_block(const std::function<void()>& body, unsigned count) {
             s.fault = "deadlock: a barrier or a warp operation that not all of its threads reach";
             return false;
         }
+        ++s.barriers;
         for (unsigned i = 0; i < count; ++i)
             if (s.threads[i]->state == Thread::kAtBarrier) s.threads[i]->state = Thread::kReady;
     }
 }
 
+inline int lane() {
+    const Runtime quiet;
+    return static_cast<int>(state().current->index % 32);
+}
+
+// What a kernel does to memory beside reading and writing it as any C++ does.
+enum class Access { read, write, read_only, atomic, same };  // same: a write, of what all write who do
+
+#ifdef __SANITIZE_THREAD__
+void accessed(const void* data, size_t bytes, Access how);  // races.cpp
+#else
+inline void accessed(const void*, size_t, Access) {}
+#endif
+
 // Waits for all lanes of `mask` to bring a value to the same operation.
 inline const uint64_t* meet(unsigned mask, uint64_t value) {
+    const Runtime quiet;
     State& s = state();
     Thread& self = *s.current;
     const unsigned lane = self.index % 32, warp = self.index - lane;
@@ -250,6 +289,7 @@ class Global {
     Global() = default;
     explicit Global(T* data) : at_(data), begin_(data), end_(data) {
         if (data == nullptr) return;
+        const emulation::Runtime quiet;
         const auto& buffers = emulation::state().buffers;
         const auto* here = reinterpret_cast<const char*>(data);
         auto found = buffers.upper_bound(here);
@@ -297,13 +337,18 @@ T* span(Global<T> from, int64_t at, int n) {
     emulation::fail("trap");
 }
 inline void __syncthreads() {
+    const emulation::Runtime quiet;
     emulation::state().current->state = emulation::Thread::kAtBarrier;
     emulation::leave();
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
+    if (mask != 0xffffffffu) emulation::fail("__syncwarp of part of a warp: not emulated");
     emulation::meet(mask, 0);
+    const emulation::Runtime quiet;
+    ++emulation::state().current->syncs;
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
+    const emulation::Runtime quiet;
     const uint64_t* votes = emulation::meet(mask, vote);
     unsigned out = 0;
     for (unsigned i = 0; i < 32; ++i)
@@ -312,6 +357,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
 }
 template <typename T>
 T emulated_shuffle(unsigned mask, T value, int from) {
+    const emulation::Runtime quiet;
     if (from < 0 || from > 31 || (mask >> from & 1) == 0) emulation::fail("shuffle from a lane outside the mask");
     return emulation::from_bits<T>(emulation::meet(mask, emulation::to_bits(value))[from]);
 }
@@ -321,12 +367,12 @@ T __shfl_sync(unsigned mask, T value, int from) {
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned distance) {
-    const int lane = static_cast<int>(emulation::state().current->index % 32), from = lane - static_cast<int>(distance);
+    const int lane = emulation::lane(), from = lane - static_cast<int>(distance);
     return emulated_shuffle(mask, value, from < 0 ? lane : from);
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
-    return emulated_shuffle(mask, value, static_cast<int>(emulation::state().current->index % 32) ^ bits);
+    return emulated_shuffle(mask, value, emulation::lane() ^ bits);
 }
 inline int __popc(unsigned bits) {
     return __builtin_popcount(bits);
@@ -336,11 +382,20 @@ inline int __ffs(int bits) {
 }
 template <typename T>
 T __ldg(const T* from) {
+    emulation::accessed(from, sizeof(T), emulation::Access::read_only);
+    const emulation::Runtime quiet;
     return *from;
 }
 template <typename T>
 void __stcg(T* to, T value) {
     *to = value;
+}
+// A plain store, of a number that every thread stores which stores there at all.
+inline void store_same(Global<int32_t> to, int32_t value) {
+    int32_t* const at = to.checked(0, 1);
+    emulation::accessed(at, sizeof *at, emulation::Access::same);
+    const emulation::Runtime quiet;
+    *at = value;
 }
 inline float half_to_float(uint16_t bits) {  // what one instruction of the device does
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -350,6 +405,8 @@ inline float half_to_float(uint16_t bits) {  // what one instruction of the devi
     return bits >> 15 != 0 ? -size : size;
 }
 inline unsigned atomicOr(unsigned* to, unsigned bits) {
+    emulation::accessed(to, sizeof *to, emulation::Access::atomic);
+    const emulation::Runtime quiet;
     const unsigned before = *to;
     *to |= bits;
     return before;
@@ -415,7 +472,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         return emulation::outcome();
     }
     for (unsigned k = 0; k < blocks; ++k) {
-        const unsigned i = emulation::place(k, static_cast<unsigned>(blocks));
+        const unsigned i = s.block = emulation::place(k, static_cast<unsigned>(blocks));
         blockIdx = dim3(i % gridDim.x, i / gridDim.x % gridDim.y, i / gridDim.x / gridDim.y);
         if (!emulation::run_block(body, count)) return emulation::outcome();
     }
