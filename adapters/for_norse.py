@@ -24,8 +24,8 @@ from sparse_backend.timefusion import recorder
 from .for_norse_call import prepare
 from .for_norse_fused import record
 from .for_norse_lift import lift_forward, patched_lift_forward
-from .for_norse_plan import KINDS, Kind, Threshold, threshold_of
-from .shared import NoState, own_forward
+from .for_norse_plan import KINDS, Threshold, threshold_of
+from .shared import NoState, is_surrounded, own_forward
 
 _NEURONS = (SNNCell, SNN, SNNRecurrentCell, SNNRecurrent, LILinearCell, CobaLIFCell, LIFCorrelation)
 
@@ -52,7 +52,8 @@ def why_not(module: torch.nn.Module) -> str | None:
 
 def has_spikes(module: torch.nn.Module) -> bool:
     """Whether a neuron that may be accelerated spikes, so that there is a b_th to choose."""
-    return KINDS[type(module)].spikes
+    kind = KINDS.get(type(module))
+    return kind is not None and kind.spikes
 
 
 def spike_grad(module: Any) -> Threshold | None:
@@ -80,8 +81,8 @@ def _enabled_forward(module: Any, input_tensor: Any, state: Any = None) -> Any:
     if not torch.compiler.is_compiling():
         if autocasting.is_on():
             input_tensor = autocasting.widened(input_tensor)
-        into, kind = recorder.current(), KINDS[type(module)]
-        if into is not None and not kind.in_time:
+        into, kind = recorder.current(), KINDS.get(type(module))
+        if into is not None and kind is not None and not kind.in_time and not is_surrounded(module):
             recorded = record(into, module, layer, kind, input_tensor, state)
             if recorded is not None:
                 return recorded
@@ -95,16 +96,18 @@ def _patched_forward(state_for: Any, module: Any, input_tensor: Any, state: Any 
 def _forward(module: Any, layer: Any, input_: Any, state: Any) -> Any:
     if torch.compiler.is_compiling():
         return own_forward(module)(module, input_, state)
-    kind = KINDS[type(module)]
+    kind = KINDS.get(type(module))
+    if kind is None:
+        return _framework(module, layer, f"its class became {type(module).__name__} after enable", input_, state)
     call = prepare(module, layer, kind, input_, state, kind.in_time)
     if isinstance(call, str):
-        return _framework(module, layer, kind, call, input_, state)
+        return _framework(module, layer, call, input_, state, in_time=kind.in_time)
     return call.run(layer, kind.in_time and getattr(module, "record_states", False))
 
 
-def _framework(module: Any, layer: LayerState, kind: Kind, reason: str, input_: Any, state: Any) -> Any:
+def _framework(module: Any, layer: LayerState, reason: str, input_: Any, state: Any, *, in_time: bool = False) -> Any:
     layer.path, layer.reason = "framework", reason
-    layer.tally.framework_steps += len(input_) if kind.in_time and getattr(input_, "shape", None) else 1
+    layer.tally.framework_steps += len(input_) if in_time and getattr(input_, "shape", None) else 1
     return own_forward(module)(module, *tensorlike.dense((input_, state)))
 
 

@@ -193,6 +193,8 @@ def _why_not_input(x: Any, in_time: bool) -> str | None:
             return f"its input is a {type(x).__name__}"
         if x.layout is not torch.strided:
             return "its input is a sparse tensor"
+        if x.is_meta:
+            return policy.WHY_META
     if in_time and (not x.dim() or not x.shape[0]):
         return "its input has no steps"
     return None

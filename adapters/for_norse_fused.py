@@ -70,7 +70,7 @@ def _record_first(
     elif type(current) is not Placeholder and type(current) is not DeferredCurrent:
         return None
     shape, dtype, device = current.shape, current.dtype, current.device
-    if state is None and not begins_as_norse(module):
+    if device.type == "meta" or (state is None and not begins_as_norse(module)):
         return None
     before = initial_state(module, current, False) if state is None else state
     if not kind.takes(before):

@@ -40,7 +40,7 @@ from .for_snntorch_plan import (
 )
 from .for_snntorch_synaptic import call_now
 from .for_snntorch_synaptic_fused import record as record_synaptic
-from .shared import check_weight, count, goes_dense, own_forward, run_own_forward, taken
+from .shared import check_weight, count, goes_dense, is_surrounded, own_forward, run_own_forward, taken
 
 __all__ = [
     "CONTAINERS",
@@ -104,7 +104,8 @@ def forward(module: Any, input_: Any, mem: Any = None) -> Any:
         input_, mem = _wide(module, ("mem",), input_, mem)
     into = recorder.enclosing()
     if into is not None:
-        recorded = record(into, module, state, input_, mem) if into.accepts() else None
+        waits = into.accepts() and not is_surrounded(module)
+        recorded = record(into, module, state, input_, mem) if waits else None
         if recorded is not None:
             return recorded
         into.settle(module)
@@ -142,7 +143,8 @@ def forward_with_states(module: Any, input_: Any, *args: Any, **kwargs: Any) -> 
         input_, *given = _wide(module, kind.states, input_, *given)
     into = recorder.enclosing()
     if into is not None:
-        recorded = record_synaptic(into, module, kind, state, input_, given) if into.accepts() else None
+        waits = into.accepts() and not is_surrounded(module)
+        recorded = record_synaptic(into, module, kind, state, input_, given) if waits else None
         if recorded is not None:
             return recorded
         into.settle(module)

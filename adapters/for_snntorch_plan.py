@@ -10,6 +10,7 @@ import torch
 from snntorch import RLeaky, RSynaptic, SpikingNeuron, Synaptic
 from snntorch._neurons import rleaky, rsynaptic
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from sparse_backend import dynamics, policy, surrogate
 from sparse_backend.enabling import LayerState
@@ -133,6 +134,8 @@ def _why_not_per_neuron(shape: torch.Size, **parts: tuple[Tensor, Tensor | None]
 def why_framework(module: Any, parts: Parts, shape: torch.Size, dtype: torch.dtype, reset: str) -> str | None:
     """Why calls with these parts run snnTorch's own code; None where they need not."""
     own = module.__dict__
+    if parts.beta.is_meta:
+        return policy.WHY_META
     if parts.state_quant:
         return "state_quant is not accelerated"
     if parts.inhibition:
@@ -206,7 +209,8 @@ def prepare_to_trace(module: Any, state: LayerState) -> None:
     state.traced_b_th = policy.resolve_b_th(state.b_th, module.spike_grad)
     state.traced_reset = RESETS.get(getattr(module.state_function, "__name__", ""), "")
     graded = module.graded_spikes_factor
-    state.traced_graded = graded.requires_grad or graded.numel() != 1 or float(graded.detach()) != 1
+    known_to_be_one = graded.numel() == 1 and not graded.is_meta and float(graded.detach()) == 1
+    state.traced_graded = graded.requires_grad or not known_to_be_one
 
 
 # Neurons with more state than a membrane.
@@ -390,9 +394,8 @@ def _why_not_recurrent(parts: SynapticParts, reset: str, dtype: torch.dtype) -> 
 
 
 def _has_hooks(module: Any) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or _has_any_global_hook()
 
 
 def _why_in_steps(parts: SynapticParts, shape: torch.Size, dtype: torch.dtype) -> str | None:

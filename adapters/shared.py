@@ -32,6 +32,11 @@ def own_forward(module: Any) -> Any:
     return getattr(function, "__wrapped__", function)
 
 
+def is_surrounded(module: Any) -> bool:
+    """Whether hooks before and after each call may give the module other weights for its time: it must run now."""
+    return bool(module._forward_pre_hooks and module._forward_hooks)
+
+
 def taken(state: LayerState, current: Any) -> Any:
     """The current of one call as a neuron takes it: deferred, the weight's hub kept by the layer, or a tensor."""
     if type(current) is DeferredCurrent and current.is_deferred and len(current.shape) == 2:
@@ -248,6 +253,8 @@ def linear_forward(module: Any, input: Any) -> Any:
         bias = module.bias
     else:
         bias = parameters["bias"]
+    if module._forward_pre_hooks and is_surrounded(module):
+        return torch.nn.functional.linear(dense_of(input), weight, bias).to(weight.dtype)
     state: LinearState = module.__dict__[STATE]
     into = recorder.current()
     if into is not None:
@@ -282,6 +289,7 @@ def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) 
             and input.dtype in _FLOATS
             and input.dim()
             and input.layout is torch.strided
+            and not input.is_meta
             and input.shape[-1] == weight.shape[1]
             and input.numel()
         ):
@@ -299,6 +307,8 @@ def convolution_forward(module: Any, input: Any) -> Any:
     weight = parameters.get("weight")
     if torch.compiler.is_compiling() or autocasting.is_on() or unusual() is not None or weight is None:
         return forward(module, input)  # a weight that is parametrized is made anew whenever someone asks for it
+    if is_surrounded(module):
+        return forward(module, dense_of(input))
     into = recorder.current() if module.padding_mode == "zeros" else None
     sliced = type(input) is Tensor and input._base is not None
     images = input
@@ -367,7 +377,7 @@ def record_linear(
     shape = input.shape
     if len(shape) != 2 or shape[1] != weight.shape[1] or input.dtype is not weight.dtype or not shape.numel():
         return None
-    if weight.dtype not in _FLOATS or input.device != weight.device or unusual() is not None:
+    if weight.dtype not in _FLOATS or input.device != weight.device or weight.is_meta or unusual() is not None:
         return None
     if (
         site is None

@@ -7,7 +7,7 @@ anything else makes it a tensor, computed as usual.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,24 +82,34 @@ class WeightHub:
         return fresh
 
 
+class _Served(NamedTuple):
+    """A weight as it was when its hub was made. Threads that train one layer replace it, and never see half of one."""
+
+    weight: Tensor
+    bias: Tensor | None
+    narrow: torch.dtype | None
+    key: tuple[Any, ...]  #: versions and modes
+    copies: tuple[Tensor, Tensor | None]
+    sums: tuple[float, float]
+    gatherer: hubs.Gatherer | None
+    hub: WeightHub
+
+    @property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, self.sums))
+
+
 class WeightCache:
     """What a Linear keeps between calls: its weight in the layout kernels gather from, and the hub in use.
 
     The copy is [N, M] with strides (1, N padded to whole vectors). It holds no graph but the hub's own node.
     """
 
-    __slots__ = ("_bias", "_copies", "_gatherer", "_hub", "_key", "_narrow", "_sums", "_weight", "made_dense")
+    __slots__ = ("_served", "made_dense")
 
     def __init__(self) -> None:
         self.made_dense = False  #: whether a current was made a tensor, since somebody has set this to False
-        self._hub: WeightHub | None = None
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
-        self._narrow: torch.dtype | None = None
-        self._key: tuple[Any, ...] = ()
-        self._copies: tuple[Tensor, Tensor | None] | None = None
-        self._sums: tuple[float, float] = (0.0, 0.0)
-        self._gatherer: hubs.Gatherer | None = None
+        self._served: _Served | None = None
 
     def hub(self, weight: Tensor, bias: Tensor | None, narrow: torch.dtype | None) -> WeightHub | None:
         """The hub for a call now; None where the weight is not finite, whose products with zeros count too.
@@ -109,12 +119,17 @@ class WeightCache:
         """
         if type(weight) is not torch.nn.Parameter or weight.is_inference():
             return WeightHub(weight, bias, None, 0, None, narrow)
-        if weight is not self._weight or bias is not self._bias or self._now(weight, bias, narrow) != self._key:
-            self._weight, self._bias, self._narrow, self._copies = weight, bias, narrow, None
-            self.renew()
-        elif self._gatherer is not None and self._gatherer.spent:
-            self.renew()
-        return self._hub
+        served = self._served
+        if (
+            served is None
+            or weight is not served.weight
+            or bias is not served.bias
+            or self._now(weight, bias, narrow) != served.key
+        ):
+            served = self._serve(weight, bias, narrow)
+        elif served.gatherer is not None and served.gatherer.spent:
+            served = self._serve(weight, bias, narrow, served)
+        return served.hub if served.is_finite else None
 
     @staticmethod
     def _now(weight: Tensor, bias: Tensor | None, narrow: torch.dtype | None) -> tuple[Any, ...]:
@@ -126,51 +141,57 @@ class WeightCache:
     @property
     def weight(self) -> Tensor | None:
         """The parameter itself."""
-        return self._weight
+        return None if self._served is None else self._served.weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self._bias
+        return None if self._served is None else self._served.bias
 
     def of_all_steps(self, narrow: torch.dtype | None) -> WeightHub:
         """The parameters for an op that runs all steps at once: they take part in autograd themselves."""
-        assert self._weight is not None
-        return WeightHub(self._weight, self._bias, None, 0, None, narrow)
+        assert self._served is not None
+        return WeightHub(self._served.weight, self._served.bias, None, 0, None, narrow)
 
     def has_moved_on(self, hub: WeightHub) -> bool:
         """Whether the weight is at another version, or served by another hub, than when this one's copy was made."""
-        assert self._weight is not None
-        return hub is not self._hub or self._now(self._weight, self._bias, self._narrow) != self._key
+        served = self._served
+        assert served is not None
+        return hub is not served.hub or self._now(served.weight, served.bias, served.narrow) != served.key
 
     def is_current(self) -> bool:
         """Whether the copies still equal the weight, judged by its sum."""
-        return self._copies is not None and self._sum() == self._sums
-
-    def _sum(self) -> tuple[float, float]:
-        assert self._weight is not None
-        if not policy.reads_at_once(self._weight.device):
-            return 0.0, 0.0  # reading it would wait for the device
-        bias = 0.0 if self._bias is None else float(self._bias.detach().sum())
-        return float(self._weight.detach().sum()), bias
+        served = self._served
+        return served is not None and _sums(served.weight, served.bias) == served.sums
 
     def renew(self) -> WeightHub:
-        weight, bias = self._weight, self._bias
-        assert weight is not None
-        self._key = self._now(weight, bias, self._narrow)
-        sums = self._sum()
-        lowered = autocasting.lowered(weight, self._narrow)
-        if self._copies is None or sums != self._sums:
-            self._copies = _transposed(lowered.detach()), None if bias is None else bias.detach().clone()
-            self._sums = sums
-        copy, bias_copy = self._copies
+        """A new hub for the weight in use, whose copies are made again if it is not what they are."""
+        served = self._served
+        assert served is not None
+        return self._serve(served.weight, served.bias, served.narrow, served).hub
+
+    def _serve(
+        self, weight: Tensor, bias: Tensor | None, narrow: torch.dtype | None, before: _Served | None = None
+    ) -> _Served:
+        """before: what was served, whose copies may do."""
+        key, sums = self._now(weight, bias, narrow), _sums(weight, bias)
+        lowered = autocasting.lowered(weight, narrow)
+        if before is not None and sums == before.sums:
+            copies = before.copies
+        else:
+            copies = _transposed(lowered.detach()), None if bias is None else bias.detach().clone()
         token, id = None, 0
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             id = hubs.new_id()
             token = hubs.call_hub(lowered, bias, id)
-        self._gatherer = hubs.find(id)
-        hub = WeightHub(copy, bias_copy, token, id, self, self._narrow)
-        self._hub = hub if all(map(math.isfinite, sums)) else None
-        return hub
+        hub = WeightHub(*copies, token, id, self, narrow)
+        self._served = served = _Served(weight, bias, narrow, key, copies, sums, hubs.find(id), hub)
+        return served
+
+
+def _sums(weight: Tensor, bias: Tensor | None) -> tuple[float, float]:
+    if not policy.reads_at_once(weight.device):
+        return 0.0, 0.0  # reading them would wait for the device
+    return float(weight.detach().sum()), 0.0 if bias is None else float(bias.detach().sum())
 
 
 def is_finite(weight: Tensor) -> bool:

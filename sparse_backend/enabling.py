@@ -186,6 +186,9 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
         warnings.warn(f"sparse_backend.enable changes nothing: {_why_nothing(found)}", UserWarning, stacklevel=2)
         return net
     _native.load()
+    for module in net.modules():
+        if _is_of_another(module):
+            _restore(module)
     changed = []
     for name, module, adapter in layers:
         state, value = module.__dict__.get(STATE), chosen.get(name, math.inf)  # a readout has no surrogate
@@ -279,6 +282,13 @@ def _override(module: nn.Module, forward: Any, state: Any) -> None:
     module.__dict__[STATE] = state
     module.__dict__["forward"] = _Forward(forward, module)
     module.__dict__["_replicate_for_data_parallel"] = functools.partial(_replicate, module)
+
+
+def _is_of_another(module: nn.Module) -> bool:
+    """Whether a module is a copy made of an enabled one's `__dict__`, as copy.copy makes it: its forward is the
+    original's."""
+    forward = module.__dict__.get("forward")
+    return type(forward) is _Forward and forward.args[0] is not module
 
 
 def _replicate(module: nn.Module) -> Any:

@@ -122,6 +122,7 @@ def is_crowded(n_active: int, n_spikes: int, entries: int, device: torch.device)
     return reads_at_once(device) and n_active + n_spikes > MAX_LISTED * entries
 
 
+WHY_META = "tensors of the meta device have no numbers"
 WHY_CROWDED = (
     f"its current is dense, and active neurons and spikes together are more than {100 * MAX_LISTED:.0f} % of it"
 )

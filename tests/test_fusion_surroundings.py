@@ -23,6 +23,7 @@ from fusion_loops import (
     frames,
     net_of,
     recorded,
+    right_or_clear_error,
     same_values,
     stock_and_enabled,
     wake,
@@ -45,6 +46,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_backend
+from sparse_backend.deferred import WeightCache
 
 snn = pytest.importorskip("snntorch")
 utils = pytest.importorskip("snntorch.utils")
@@ -505,6 +507,114 @@ def test_retain_grad(way: Way) -> None:
         assert_close(b, a)
 
 
+def after_a_reset(net: Any, x: Tensor) -> Any:
+    """What a net with hidden states gives; they are not left behind."""
+
+    def reset() -> None:
+        for module in net.modules():
+            if isinstance(module, snn.SpikingNeuron):
+                module.reset_mem()
+
+    reset()
+    out = net(x)
+    reset()
+    return out
+
+
+class Swapped:
+    """Hooks that give a module another parameter's numbers for the time of each call."""
+
+    def __init__(self, module: nn.Module, name: str, how: str) -> None:
+        self.name, self.how = name, how
+        module.register_forward_pre_hook(self.before)
+        module.register_forward_hook(self.after)
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        parameter = getattr(module, self.name)
+        self.kept = parameter.data
+        if self.how == "other memory":
+            parameter.data = 1.25 * self.kept
+        elif self.how == "in place":
+            self.kept = self.kept.clone()
+            parameter.data.mul_(1.25)
+
+    def after(self, module: nn.Module, args: Any, out: Any) -> None:
+        parameter = getattr(module, self.name)
+        if self.how == "other memory":
+            parameter.data = self.kept
+        else:
+            parameter.data.copy_(self.kept)
+
+
+@pytest.mark.parametrize("how", ["other memory", "in place"])
+@pytest.mark.parametrize("layer", ["fc1", "fc2", "lif2", "recurrent", "synaptic", "conv"])
+def test_hooks_that_give_a_layer_other_weights_for_a_call(way: Way, layer: str, how: str) -> None:
+    """As quantised or noisy evaluation does, and offloading."""
+
+    def recipe(spike_grad: Any) -> Any:
+        net = wake(Net(spike_grad, lambda net, x: recorded(net, x)[:2]))
+        options: dict[str, Any] = {"init_hidden": True, "spike_grad": spike_grad, "threshold": 0.6, "beta": 0.8}
+        if layer in ("recurrent", "synaptic"):
+            make = snn.RLeaky if layer == "recurrent" else functools.partial(snn.Synaptic, alpha=0.5)
+            if layer == "recurrent":
+                options["linear_features"] = HIDDEN
+            net.fc2 = nn.Sequential(net.fc2, make(**options, learn_threshold=True).double())
+            Swapped(wake(net.fc2, 3)[1], "threshold", how)
+        elif layer == "conv":
+            net.fc2 = nn.Sequential(nn.Unflatten(1, (1, HIDDEN, 1)), nn.Conv2d(1, 1, 1), nn.Flatten(), net.fc2)
+            Swapped(wake(net.fc2, 3)[1], "weight", how)
+        elif layer == "lif2":
+            net.lif2 = leaky(spike_grad, 0.8, 0.6, learn_threshold=True)
+            Swapped(net.lif2, "threshold", how)
+        else:
+            Swapped(getattr(net, layer), "weight", how)
+        return net
+
+    x = frames()
+
+    def go(net: Any) -> Any:
+        with torch.no_grad():
+            return after_a_reset(net, x)
+
+    assert_equal_runs(recipe, go, way, runs=2)
+
+
+def test_a_weight_whose_memory_changes_in_the_loop(way: Way) -> None:
+    """`weight.data = …` before a call and back after it: seen, and an error, where the call is still to run."""
+
+    def loop(net: Net, x: Any) -> Any:
+        mems, kept, out = net.mems(), net.fc2.weight.data, []
+        for step in x:
+            net.fc2.weight.data = 1.25 * kept
+            spk, mems = net.step(step, mems)
+            net.fc2.weight.data = kept
+            out.append(spk)
+        return torch.stack(out)
+
+    right_or_clear_error(way, loop)
+
+
+def test_hooks_for_all_modules_see_a_recurrent_connection(way: Way) -> None:
+    def recipe(spike_grad: Any) -> Any:
+        net = wake(Net(spike_grad, lambda net, x: recorded(net, x)[:2]))
+        neuron = snn.RLeaky(0.8, linear_features=HIDDEN, init_hidden=True, spike_grad=spike_grad, threshold=0.6)
+        net.fc2 = wake(nn.Sequential(net.fc2, neuron), 3)
+        return net
+
+    calls = []
+
+    def double(module: nn.Module, args: Any, out: Any) -> Any:
+        if type(module) is nn.Linear and args[0].shape[1] == module.out_features:
+            calls.append(module)
+            return 2 * out
+        return None
+
+    x = frames()
+    with nn.modules.module.register_module_forward_hook(double):
+        assert_equal_runs(recipe, lambda net: after_a_reset(net, x), way, runs=2)
+    assert len(calls) == 2 * 2 * 2 * STEPS
+
+
 @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
 def test_parametrised_weights(way: Way, kind: str) -> None:
     def recipe(spike_grad: Any) -> Any:
@@ -715,6 +825,35 @@ def test_two_threads(way: Way) -> None:
         assert not isinstance(result, Exception), result
         for name, grad in result.items():
             assert_close(grad, expected.gradients[name], name)
+
+
+def test_a_thread_that_evaluates_while_another_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever one has made a weight's hub, the other, which records no graph, makes its own before it is used."""
+    way, x = Way(0.15, fuse_time=False, counts_decide=False), frames()
+    net_for = net_of(lambda net, x: recorded(net, x)[:2])
+    theirs, edge = stock(net_for, way.b_th)
+    expected = outcome(theirs, lambda net: net(x))
+    assert edge.is_clear()
+    with way.policy():
+        ours, trains, made = enabled(net_for, way), threading.current_thread(), []
+        serve = WeightCache._serve
+
+        def evaluate() -> None:
+            with torch.no_grad():
+                ours(x)
+
+        def interrupted(*args: Any) -> Any:
+            served = serve(*args)
+            if threading.current_thread() is trains and len(made) < 3:
+                made.append(served)
+                other = threading.Thread(target=evaluate)
+                other.start(), other.join()
+            return served
+
+        monkeypatch.setattr(WeightCache, "_serve", interrupted)
+        got = outcome(ours, lambda net: net(x))
+    assert len(made) == 3
+    assert_same(got, expected, skip=tuple(name for name in got.buffers if name.endswith("mem")))
 
 
 def test_a_thread_inside_the_forward(way: Way) -> None:

@@ -1112,6 +1112,65 @@ def test_a_data_parallel_replica_runs_its_own():
 # Weights.
 
 
+@pytest.mark.parametrize("fuse_time", [True, False])
+def test_a_class_that_changes_after_enable_runs_norses_own(fuse_time):
+    """As parametrisations change it."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.cell, self.recurrent = norse.LIFCell(lif()), norse.LIFRecurrentCell(6, 6, lif())
+            self.sequence = norse.LIFRecurrent(6, 6, lif())
+
+        def forward(self, x):
+            state = before = None
+            total = 0
+            for step in x:
+                z, state = self.cell(step, state)
+                z, before = self.recurrent(z, before)
+                total = total + z
+            return total, self.sequence(x)[0]
+
+    stock = Net().double()
+    ours = sparse_backend.enable(copy.deepcopy(stock), b_th=INF, fuse_time=fuse_time)
+    for net in (stock, ours):
+        for cell in (net.recurrent, net.sequence):
+            nn.utils.parametrizations.weight_norm(cell, "input_weights")
+    x = 3 * spikes((5, 4, 6), 0.4, 1)
+    results = []
+    for net in (ours, stock):
+        total, z = net(x)
+        (total.sum() + z.sum()).backward()
+        results.append([total, z, *(p.grad for p in net.parameters())])
+    for ours_, stocks in zip(*results, strict=True):
+        assert_close(ours_, stocks)
+    said = {layer.name: layer for layer in sparse_backend.report(ours).layers}
+    assert said["recurrent"].path == said["sequence"].path == "framework"
+    assert said["recurrent"].reason == "its class became ParametrizedLIFRecurrentCell after enable"
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: norse.LIFCell(), lambda: norse.LIFRecurrentCell(6, 6)], ids=["LIF", "recurrent"]
+)
+def test_the_meta_device_runs_norses_own(make):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.cell = nn.Linear(5, 6), make()
+
+        def forward(self, x):
+            state, out = None, []
+            for step in x:
+                z, state = self.cell(self.linear(step), state)
+                out.append(z)
+            return torch.stack(out)
+
+    net = sparse_backend.enable(Net(), b_th=0.2).to("meta")
+    assert net(torch.rand(7, 4, 5, device="meta")).shape == (7, 4, 6)
+    assert net.cell(torch.rand(4, 6, device="meta"))[0].shape == (4, 6)
+
+
 def test_weights_edited_behind_autograds_back_are_seen():
     for net, call in ((small_net(), lambda m: m(small_input())), (cells_net(), lambda m: stepped(m, small_input()))):
         plain = copy.deepcopy(net)

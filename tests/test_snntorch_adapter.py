@@ -44,6 +44,43 @@ def no_instances_left():
     sparse_backend.unpatch()
 
 
+def test_a_copy_of_the_dict_is_made_real_by_enable():
+    """`copy.copy` leaves a copy the original's forward: enable gives it its own, disable the stock one."""
+    net = sparse_backend.enable(small_net(), b_th=0.2)
+    linear, other, plain = net[0], copy.copy(net[0]), copy.copy(net[0])
+    for part in (other, plain):
+        part._parameters = dict(part._parameters, weight=nn.Parameter(torch.zeros(8, 6)))
+    sparse_backend.enable(nn.Sequential(other, net[1]), b_th=0.2)
+    sparse_backend.disable(plain)
+    x = torch.ones(2, 6)
+    expected = linear.bias.expand(2, 8)
+    assert torch.equal(other(x) + 0, expected)
+    assert torch.equal(plain(x), expected)
+    assert not torch.equal(linear(x) + 0, expected)
+    assert enabling.STATE in other.__dict__ and enabling.STATE not in plain.__dict__
+
+
+@pytest.mark.parametrize("kind", ["Leaky", "Synaptic", "RLeaky"])
+@pytest.mark.parametrize("fuse_time", [True, False])
+def test_the_meta_device_runs_snntorchs_own(kind, fuse_time):
+    """Shapes can be asked for there, as of the stock model."""
+    options = {"Leaky": {}, "Synaptic": {"alpha": 0.8}, "RLeaky": {"linear_features": 8}}[kind]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 8)
+            self.neuron = getattr(snn, kind)(beta=0.9, spike_grad=steep, init_hidden=True, **options)
+
+        def forward(self, x):
+            return torch.stack([self.neuron(self.linear(step)) for step in x])
+
+    net = sparse_backend.enable(Net(), b_th=0.2, fuse_time=fuse_time)
+    before = net(torch.rand(7, 4, 6)).shape
+    net.to("meta")
+    assert net(torch.rand(7, 4, 6, device="meta")).shape == before == (7, 4, 8)
+
+
 def assert_same(ours, stock):
     assert_close(ours.spikes, stock.spikes, "spikes")
     assert_close(ours.mems, stock.mems, "membranes")

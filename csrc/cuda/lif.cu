@@ -128,8 +128,7 @@ __global__ void __launch_bounds__(kBlockThreads) recurrent_forward_kernel(const 
         v_state[at] = a.v_before != nullptr ? in(a.v_before)[at] : of_neuron(a.leak, j);
         i_state[at] = a.i_before != nullptr ? in(a.i_before)[at] : T(0);
         if (DISCRETE && a.i != nullptr && a.steps == 0) out(a.i)[at] = i_state[at];
-    }
-    __syncthreads();
+    }  // a thread walks the neurons whose states it has set
     for (int64_t t = 0; t < a.steps; ++t) {
         const int64_t row = (t * a.batch + sample) * words;
         const Global<uint32_t> before = t == 0 ? fired : spikes + (row - a.batch * words);

@@ -265,7 +265,7 @@ class Site:
         self.called = 0  #: calls before those of the queue
         self.switched = False  #: what it reads requires grad only while it runs, or only while it does not
         self.gathering = False  #: calls that run next are being sought
-        self.reads = [(tensor, _version(tensor), tensor.requires_grad) for tensor in reads]
+        self.reads = [(tensor, _version(tensor), tensor.requires_grad, _memory(tensor)) for tensor in reads]
         self.specs: tuple[Spec, ...] = ()
         self.state_slots: tuple[int, ...] = ()  #: which outputs its next call takes as its states, in their order
         self.states_at = 1  #: outputs from here on are states or may be asked for step by step
@@ -303,11 +303,14 @@ class Site:
 
     def read_again(self) -> None:
         """Nothing is recorded: what it reads may have changed."""
-        self.reads = [(tensor, _version(tensor), tensor.requires_grad) for tensor, *_ in self.reads]
+        self.reads = [(tensor, _version(tensor), tensor.requires_grad, _memory(tensor)) for tensor, *_ in self.reads]
 
     def is_current(self) -> bool:
         """Whether the tensors it reads are as they were."""
-        return all(_version(t) == version and t.requires_grad is learned for t, version, learned in self.reads)
+        return all(
+            _version(tensor) == version and tensor.requires_grad is learned and _memory(tensor) == memory
+            for tensor, version, learned, memory in self.reads
+        )
 
     def forget(self) -> None:
         """What was recorded has run: the next call is looked at closely again."""
@@ -328,7 +331,7 @@ class Recording:
         self.hooks, self.grad_mode = _hooks(True), _grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
         self.pending: list[Node] = []
-        self.watched: list[tuple[Tensor, int, bool]] = []
+        self.watched: list[tuple[Tensor, int]] = []
         self.reading: list[TensorLike] = []  #: the caller's spikes and currents that calls have yet to read
         self.lazy: list[weakref.ref[TensorLike]] = []  #: currents of linear layers that have run, not computed yet
         self.waiting: list[Any] = []  #: the caller's tensors that wait for writes: see `buffers.py`
@@ -371,17 +374,19 @@ class Recording:
 
     def watch(self, tensor: Tensor) -> None:
         """Remember that a recorded call will read this tensor, or these events, of the caller's."""
-        self.watched.append((tensor, _version(tensor), False))
+        self.watched.append((tensor, _version(tensor)))
 
     def _check_unchanged(self, sites: Iterable[Site]) -> None:
         watched, self.watched = self.watched, []
-        for tensor, version, _ in itertools.chain(watched, *(site.reads for site in sites)):
-            if _version(tensor) != version:
-                raise RuntimeError(
-                    f"time fusion: a tensor of shape {list(tensor.shape)} was changed in place after a recorded call "
-                    "read it and before that call ran. Change it before the loop or after its results are used, or "
-                    "run step by step: sparse_backend.enable(net, fuse_time=False)"
-                )
+        changed = [tensor for tensor, version in watched if _version(tensor) != version]
+        for site in sites:
+            changed += [t for t, version, _, memory in site.reads if _version(t) != version or _memory(t) != memory]
+        if changed:
+            raise RuntimeError(
+                f"time fusion: a tensor of shape {list(changed[0].shape)} was changed in place after a recorded call "
+                "read it and before that call ran. Change it before the loop or after its results are used, or "
+                "run step by step: sparse_backend.enable(net, fuse_time=False)"
+            )
 
     def will_write(self, site: Site, *written: Tensor) -> None:
         """Calls of this site write these tensors; all calls that do run in their order."""
@@ -611,6 +616,11 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _memory(tensor: Tensor) -> int:
+    """Where a parameter's numbers are: `.data = …` puts others there, and sharded training frees them after a call."""
+    return tensor.data_ptr() if type(tensor) in (torch.nn.Parameter, Tensor) else 0
+
+
 def use(ref: tuple[Node, int]) -> tuple[Node, int]:
     """Take an output as the input of a call."""
     ref[0].used |= 1 << ref[1]
@@ -628,9 +638,9 @@ def take(ref: tuple[Node, int]) -> tuple[Node, int]:
 
 
 @contextmanager
-def _requiring_grad(reads: Sequence[tuple[Tensor, int, bool]]) -> Iterator[bool]:
+def _requiring_grad(reads: Sequence[tuple[Tensor, int, bool, int]]) -> Iterator[bool]:
     """Leaves require grad as they did when they were recorded; yields whether that takes a switch."""
-    changed = [tensor for tensor, _, learned in reads if tensor.requires_grad is not learned and tensor.is_leaf]
+    changed = [tensor for tensor, _, learned, _ in reads if tensor.requires_grad is not learned and tensor.is_leaf]
     for tensor in changed:
         tensor.requires_grad_(not tensor.requires_grad)
     try:
