@@ -1132,8 +1132,7 @@ def test_a_class_that_changes_after_enable_runs_norses_own(fuse_time):
                 total = total + z
             return total, self.sequence(x)[0]
 
-    stock = Net().double()
-    ours = sparse_backend.enable(copy.deepcopy(stock), b_th=INF, fuse_time=fuse_time)
+    stock, ours = Net().double(), sparse_backend.enable(Net().double(), b_th=INF, fuse_time=fuse_time)
     for net in (stock, ours):
         for cell in (net.recurrent, net.sequence):
             nn.utils.parametrizations.weight_norm(cell, "input_weights")
