@@ -224,13 +224,16 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
 
 
 def _holding(net: nn.Module, layers: list[nn.Module]) -> Iterator[nn.Module]:
-    """The modules whose own forward may hold a time loop: `net`, and every module of the user's own in it that has
-    spiking layers, for methods of `net` may call it. The outermost forward that runs is the one that records."""
+    """The modules whose own forward may hold a time loop: `net`, and every one in it that has spiking layers and is
+    not torch's nor such a layer, for methods of `net` may call it. The outermost forward that runs is the one that
+    records."""
     spiking = {id(layer) for layer in layers}
     for module in net.modules():
-        users = type(module).__module__.partition(".")[0] not in ("torch", *_ADAPTERS)
+        adapter = _adapter_of(module)
+        known = adapter is not None and (adapter.is_neuron(module) or type(module) in adapter.CONTAINERS)
+        torchs = type(module).__module__.partition(".")[0] == "torch"
         inside = (id(part) in spiking for part in module.modules() if part is not module)
-        if module is net or (users and id(module) not in spiking and any(inside)):
+        if module is net or (not (known or torchs) and any(inside)):
             yield module
 
 

@@ -86,7 +86,8 @@ def report(net: nn.Module, reset: bool = False) -> Report:
     if not layers:
         note = "No spiking layer of a known framework in this model."
     elif all(layer.b_th is None for layer in layers):
-        note = "Nothing is accelerated. Call sparse_backend.enable(net)."
+        could = any(enabling.why_not(module, adapter) is None for _, module, adapter in enabling.neurons(net))
+        note = f"Nothing is accelerated{'. Call sparse_backend.enable(net)' if could else ', nor can be'}."
     else:
         note = "\n".join(filter(None, [_fusion(net, layers), _convolutions(net)])) or None
     return Report(layers, note)
@@ -95,7 +96,7 @@ def report(net: nn.Module, reset: bool = False) -> Report:
 def _fusion(net: nn.Module, layers: list[LayerReport]) -> str | None:
     """How far the time loop in the model's forward ran as sequences, and what ended them early."""
     states = [module.__dict__.get(enabling.STATE) for module in net.modules()]
-    recorded = [state for state in states if type(state) is FusionState and state.longest]
+    recorded = [state for state in states if type(state) is FusionState and state.recorded]
     at_once = max(layer.at_once for layer in layers)
     if not recorded:
         never = FusionState in map(type, states) and at_once == 1

@@ -219,6 +219,33 @@ def test_shapes_that_do_not_fold(way: Way) -> None:
     check(way, loop)
 
 
+AS_ANOTHER = {
+    "view_as": lambda x, spk: x.view_as(spk),
+    "view_as other=": lambda x, spk: x.view_as(other=spk),
+    "reshape_as": lambda x, spk: x.reshape_as(spk),
+    "expand_as": lambda x, spk: x.expand_as(spk),
+}
+
+
+@pytest.mark.parametrize("of", ["sum", "spikes"])
+@pytest.mark.parametrize("how", AS_ANOTHER)
+def test_a_tensor_in_the_shape_of_another_shares_its_memory(way: Way, how: str, of: str) -> None:
+    """Of the spikes only the shape is asked, and what is written through the view is written to the tensor."""
+
+    def loop(net: Net, x: Any) -> Any:
+        mem, total, out = net.lif1.reset_mem(), torch.zeros(BATCH, HIDDEN, dtype=torch.float64), []
+        for step in x:
+            spk, mem = net.lif1(net.fc1(step), mem)
+            if of == "sum":
+                AS_ANOTHER[how](total, spk).add_(spk.detach())
+                out.append(spk * total.clone())
+            else:
+                out.append(AS_ANOTHER[how](spk, mem) * mem)
+        return torch.stack(out), total
+
+    check(way, loop, fuses=None if of == "sum" else len(frames()))
+
+
 @pytest.mark.parametrize("fuse_time", [True, False])
 def test_a_current_looked_at_after_its_weight_has_changed(fuse_time: bool) -> None:
     """It is that of the weight it was computed with, or an error."""

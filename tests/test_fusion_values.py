@@ -24,10 +24,11 @@ from fusion_loops import (
     wake,
 )
 from helpers import assert_close
-from pairs import SPIKE_GRAD, WAYS, Way, assert_equal_runs, longest
+from pairs import SPIKE_GRAD, WAYS, Way, assert_equal_runs, leaky, longest
 from torch import Tensor, nn
 
 import sparse_backend
+from sparse_backend.timefusion import recorder
 
 
 @pytest.fixture(params=WAYS)
@@ -217,6 +218,69 @@ def test_a_loop_that_looks_at_every_step_is_named() -> None:
     net = sparse_backend.enable(net_of(loop)(SPIKE_GRAD), b_th=0.15)
     net(frames())
     assert "every step ran alone" in note_of(net) and "test_fusion_values.py" in note_of(net)
+
+
+class Refused(nn.Module):
+    """Neurons that record nothing: snnTorch's own code runs them."""
+
+    def __init__(self, spike_grad: Any) -> None:
+        super().__init__()
+        self.alpha = snn.Alpha(alpha=0.9, beta=0.8, spike_grad=spike_grad)
+        self.lif = leaky(spike_grad, inhibition=True)
+
+    def forward(self, x: Any) -> Any:
+        state, mem = self.alpha.reset_mem(), self.lif.reset_mem()
+        for step in x:
+            spk, *state = self.alpha(step, *state)
+            spk, mem = self.lif(step + spk, mem)
+        return spk
+
+
+def test_a_forward_that_records_nothing_is_not_called_missing() -> None:
+    net = sparse_backend.enable(Refused(SPIKE_GRAD).double(), b_th=0.15)
+    net(frames())
+    assert note_of(net) == "Time fusion: every step ran alone."
+
+
+def test_what_cannot_be_accelerated_is_not_told_to_be() -> None:
+    net = nn.Sequential(snn.Alpha(alpha=0.9, beta=0.8))
+    assert note_of(net) == "Nothing is accelerated, nor can be."
+    assert note_of(nn.Sequential(leaky(SPIKE_GRAD))) == "Nothing is accelerated. Call sparse_backend.enable(net)."
+
+
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Those that begin from now on."""
+    begun, begin = [], recorder.Recording.__init__
+
+    def counted(self: Any) -> None:
+        begun.append(self)
+        begin(self)
+
+    monkeypatch.setattr(recorder.Recording, "__init__", counted)
+    return begun
+
+
+@pytest.mark.parametrize("where", ["in the forward", "around it", "of neurons that record nothing"])
+def test_a_loop_that_never_fuses_is_recorded_ever_more_rarely(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is tried again now and then."""
+
+    def loop(net: Net, x: Any) -> Any:
+        mems = net.mems()
+        for step in x:
+            spk, mems = net.step(step, mems)
+            spk.sum().item()
+        return mems
+
+    make = Refused if where == "of neurons that record nothing" else net_of(loop)
+    net = sparse_backend.enable(make(SPIKE_GRAD).double(), b_th=0.15)
+    begun = recordings(monkeypatch)
+    for _ in range(4 + 1 + 8 + 1 + 3):
+        if where == "around it":
+            with sparse_backend.fuse_time(net):
+                loop(net, frames())
+        else:
+            net(frames())
+    assert len(begun) == 3
 
 
 # Rules of plasticity.

@@ -254,3 +254,32 @@ def test_an_exception_leaves_the_model_usable() -> None:
     with pytest.raises(KeyError, match="on purpose"):
         ours(draw())
     assert_close(ours.eval()(draw())[0], net.eval()(draw())[0])
+
+
+class Trainer(nn.Module):
+    """A method calls a model of Norse's own containers, one of which holds a loop, as a Lightning module does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = norse.SequentialState(nn.Identity(), norse.ConvNet())
+
+    def training_step(self, images: Tensor) -> Tensor:
+        out, _ = self.model(images)
+        return out.square().sum()
+
+
+def test_a_loop_in_a_model_of_norses_that_a_method_calls() -> None:
+    torch.manual_seed(0)
+    stock = Trainer().double()
+    ours = sparse_backend.enable(copy.deepcopy(stock), b_th=float("inf"))
+    images = 3 * torch.rand(6, 2, 1, 28, 28, dtype=torch.float64)
+    results = []
+    for net in (ours, stock):
+        loss = net.training_step(images)
+        loss.backward()
+        results.append({"loss": loss, **{name: p.grad for name, p in net.named_parameters()}})
+    for name, value in results[1].items():
+        assert_close(results[0][name], value, name)
+    report = sparse_backend.report(ours)
+    assert {layer.at_once for layer in report.layers} == {6}
+    assert "up to 6 steps ran as one sequence" in (report.note or "")

@@ -20,11 +20,31 @@ from sparse_backend.timefusion.recorder import Placeholder, Recording
 _SKIP_FIRST, _SKIP_MOST = 4, 256
 
 
-class FusionState:
-    """What an enabled module remembers of its recordings. One that never fuses steps is recorded ever more rarely."""
+class Patience:
+    """Whether to record once more: what never fuses steps is recorded ever more rarely."""
 
     def __init__(self) -> None:
         self.skip, self.skip_next = 0, _SKIP_FIRST
+
+    def is_lost(self) -> bool:
+        """Whether this time is one of those that are not recorded."""
+        lost = self.skip > 0
+        self.skip -= lost
+        return lost
+
+    def saw(self, into: Recording) -> None:
+        if into.longest <= 1:
+            self.skip, self.skip_next = self.skip_next, min(2 * self.skip_next, _SKIP_MOST)
+        else:
+            self.skip_next = _SKIP_FIRST
+
+
+class FusionState:
+    """What an enabled module remembers of its recordings."""
+
+    def __init__(self) -> None:
+        self.inside, self.outside = Patience(), Patience()  #: with its forwards, and with loops around them
+        self.recorded = False  #: whether there is anything to report
         self.longest = 0  #: steps run as one sequence in the last recorded forward
         self.calls = 0  #: calls of one layer in it
         self.forced_by: str | None = None  #: the user's line that needed values before the forward ended
@@ -43,15 +63,8 @@ class FusionState:
 
     def note(self, into: Recording) -> None:
         """Remember what a recording did, for `report`."""
+        self.recorded = True
         self.longest, self.calls, self.forced_by, self.forced = into.longest, into.calls, into.forced_by, into.forced
-
-    def saw(self, into: Recording) -> None:
-        """The same of a recorded forward, and how soon the next one is worth recording."""
-        self.note(into)
-        if into.longest == 1:
-            self.skip, self.skip_next = self.skip_next, min(2 * self.skip_next, _SKIP_MOST)
-        else:
-            self.skip_next = _SKIP_FIRST
 
 
 def fused_forward(module: Any, state: FusionState, *args: Any, **kwargs: Any) -> Any:
@@ -60,8 +73,7 @@ def fused_forward(module: Any, state: FusionState, *args: Any, **kwargs: Any) ->
     if torch.compiler.is_compiling() or recorder.is_recording_here() or unusual() is not None:
         return forward(module, *args, **kwargs)
     again = under_saved_tensor_hooks()  # a checkpoint may run this once more, and must find it the same
-    if state.skip and not again:
-        state.skip -= 1
+    if not again and state.inside.is_lost():
         return forward(module, *args, **kwargs)
     into = Recording()
     try:
@@ -71,10 +83,9 @@ def fused_forward(module: Any, state: FusionState, *args: Any, **kwargs: Any) ->
         into.abandon()
         raise
     into.finish()
-    if again:
-        state.note(into)
-    else:
-        state.saw(into)
+    state.note(into)
+    if not again:
+        state.inside.saw(into)
     _settle(module)
     return values(out)
 
@@ -155,7 +166,9 @@ def fuse_time(net: nn.Module) -> Iterator[None]:
 
     Values are there when the `with` ends, or when something inside it needs them.
     """
-    if recorder.is_recording() or unusual() is not None:
+    state = net.__dict__.get("_sparse_backend")
+    patience = state.outside if type(state) is FusionState and not under_saved_tensor_hooks() else None
+    if recorder.is_recording() or unusual() is not None or (patience is not None and patience.is_lost()):
         yield
         return
     into = Recording()
@@ -166,7 +179,8 @@ def fuse_time(net: nn.Module) -> Iterator[None]:
         into.abandon()
         raise
     into.finish()
-    state = net.__dict__.get("_sparse_backend")
     if type(state) is FusionState:
         state.note(into)
+    if patience is not None:
+        patience.saw(into)
     _settle(net)

@@ -49,7 +49,7 @@ _ELEMENTWISE = {
 
 #: the same numbers in another shape
 _RESHAPES = {
-    torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view, Tensor.view_as, Tensor.reshape_as,
+    torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view,
     torch.unsqueeze, Tensor.unsqueeze, torch.squeeze, Tensor.squeeze, torch.unflatten, Tensor.unflatten,
 }  # fmt: skip
 
@@ -82,7 +82,7 @@ _STEPWISE = {
     torch.stack, torch.max, Tensor.max, torch.min, Tensor.min, torch.prod, Tensor.prod, torch.cumsum, Tensor.cumsum,
     torch.any, Tensor.any, torch.all, Tensor.all, torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.mv,
     Tensor.mv, torch.outer, Tensor.outer, torch.narrow, Tensor.narrow, torch.movedim, Tensor.movedim, torch.swapaxes,
-    Tensor.swapaxes, torch.roll, Tensor.roll, torch.flip, Tensor.flip, Tensor.expand, Tensor.expand_as, Tensor.repeat,
+    Tensor.swapaxes, torch.roll, Tensor.roll, torch.flip, Tensor.flip, Tensor.expand, Tensor.repeat,
     torch.tile, Tensor.tile, *_TRANSPOSES, F.glu, F.prelu, torch.prelu, F.rms_norm, F.cosine_similarity, F.mse_loss,
 }  # fmt: skip
 
@@ -90,6 +90,11 @@ _STEPWISE = {
 _OF_SHAPE = {
     torch.full_like, torch.empty_like, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty,
     Tensor.new_tensor,
+}  # fmt: skip
+
+#: of another tensor they ask its shape alone: what they are then
+_AS_ANOTHER: dict[Any, Any] = {
+    Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape, Tensor.expand_as: Tensor.expand,
 }  # fmt: skip
 
 #: to another dtype or device, which often are the same: what those cast to that are not told
@@ -117,7 +122,7 @@ _VIEWS = {
     *_RESHAPES, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute, Tensor.t, Tensor.detach, torch.detach,
     Tensor.contiguous, Tensor.__getitem__, Tensor.bool,
     torch.narrow, Tensor.narrow, torch.movedim, Tensor.movedim, torch.swapaxes, Tensor.swapaxes, Tensor.expand,
-    Tensor.expand_as, *_TRANSPOSES,
+    *_TRANSPOSES,
 }  # fmt: skip
 
 _PURE = {*_ELEMENTWISE, *_RESHAPES, *_SAMPLEWISE, *_STEPWISE}
@@ -148,6 +153,8 @@ def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if function in _CASTS:
         told = _CASTS[function] is None or len(args) > 1
         return _cast(into, *args, **kwargs) if told else _cast(into, *args, _CASTS[function], **kwargs)
+    if function in _AS_ANOTHER:
+        return _AS_ANOTHER[function](args[0], (kwargs["other"] if "other" in kwargs else args[1]).shape)
     if function in _OF_SHAPE:
         return _of_shape(function, *args, **kwargs)
     if function in _PURE:
