@@ -91,12 +91,9 @@ class _Served(NamedTuple):
     key: tuple[Any, ...]  #: versions and modes
     copies: tuple[Tensor, Tensor | None]
     sums: tuple[float, float]
+    is_finite: bool
     gatherer: hubs.Gatherer | None
     hub: WeightHub
-
-    @property
-    def is_finite(self) -> bool:
-        return all(map(math.isfinite, self.sums))
 
 
 class WeightCache:
@@ -184,7 +181,8 @@ class WeightCache:
             id = hubs.new_id()
             token = hubs.call_hub(lowered, bias, id)
         hub = WeightHub(*copies, token, id, self, narrow)
-        self._served = served = _Served(weight, bias, narrow, key, copies, sums, hubs.find(id), hub)
+        finite = all(map(math.isfinite, sums))
+        self._served = served = _Served(weight, bias, narrow, key, copies, sums, finite, hubs.find(id), hub)
         return served
 
 

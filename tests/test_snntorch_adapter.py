@@ -60,6 +60,38 @@ def test_a_copy_of_the_dict_is_made_real_by_enable():
     assert enabling.STATE in other.__dict__ and enabling.STATE not in plain.__dict__
 
 
+@pytest.mark.parametrize("fuse_time", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 2, 5), (3, 1, 2, 5)])
+@pytest.mark.parametrize("learned", ["beta", "threshold"])
+def test_what_learns_after_steps_without_a_graph(learned, shape, fuse_time):
+    """A sequence that warms up under no_grad; the parameter is expanded over channels or images."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            numbers = {"beta": torch.linspace(0.5, 1.1, 5).double(), "threshold": torch.linspace(0.4, 0.9, 5).double()}
+            self.lif = snn.Leaky(**numbers, spike_grad=piecewise, **{f"learn_{learned}": True})
+
+        def forward(self, x):
+            mem, out = self.lif.reset_mem(), []
+            for t, step in enumerate(x):
+                with torch.set_grad_enabled(t > 1):
+                    spk, mem = self.lif(step, mem)
+                out.append(spk * (t + 1) + mem)
+            return torch.stack(out)
+
+    x = normal((6, *shape), 1)
+    gradients = []
+    for enabled in (False, True):
+        net = Net()
+        if enabled:
+            sparse_backend.enable(net, b_th=INF, fuse_time=fuse_time)
+        net(x).square().sum().backward()
+        gradients.append(getattr(net.lif, learned).grad)
+    assert gradients[0].abs().max() > 0.1
+    assert_close(gradients[1], gradients[0])
+
+
 @pytest.mark.parametrize("kind", ["Leaky", "Synaptic", "RLeaky"])
 @pytest.mark.parametrize("fuse_time", [True, False])
 def test_the_meta_device_runs_snntorchs_own(kind, fuse_time):
