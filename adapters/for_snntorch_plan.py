@@ -107,7 +107,8 @@ def make_plan(module: Any, state: LayerState, parts: Parts, shape: torch.Size, d
             as_it_is = beta is parts.beta and threshold is parts.threshold
             if bool(((beta >= 0) & (beta <= 1)).all()):
                 neuron = template if as_it_is else None
-            learn = parts.beta.requires_grad or parts.threshold.requires_grad  # which what is made of them may not now
+            # Asked of the parameters: what is made of them without a graph does not learn, and would be kept.
+            learn = parts.beta.requires_grad or parts.threshold.requires_grad
             keeps = policy.reads_at_once(beta.device) and not learn
             if neuron is None and keeps:
                 neuron = template._replace(beta=beta.clamp(0, 1))

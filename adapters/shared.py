@@ -190,7 +190,7 @@ class InputState:
         After a dense input the next ones are not looked at, more of them each time, so that a dense model does not
         pay. A tensor fed again unchanged, as a static image is at every step, is read once.
         """
-        if policy.is_captured(x):
+        if not policy.has_numbers(x):
             return None  # a replay is to look at what the tensor then holds: torch's own product does
         stateless = under_saved_tensor_hooks()
         if not stateless:
@@ -253,7 +253,7 @@ def linear_forward(module: Any, input: Any) -> Any:
         bias = module.bias
     else:
         bias = parameters["bias"]
-    if module._forward_pre_hooks and is_surrounded(module):
+    if is_surrounded(module):
         return torch.nn.functional.linear(dense_of(input), weight, bias).to(weight.dtype)
     state: LinearState = module.__dict__[STATE]
     into = recorder.current()
@@ -289,7 +289,6 @@ def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) 
             and input.dtype in _FLOATS
             and input.dim()
             and input.layout is torch.strided
-            and not input.is_meta
             and input.shape[-1] == weight.shape[1]
             and input.numel()
         ):
@@ -377,7 +376,7 @@ def record_linear(
     shape = input.shape
     if len(shape) != 2 or shape[1] != weight.shape[1] or input.dtype is not weight.dtype or not shape.numel():
         return None
-    if weight.dtype not in _FLOATS or input.device != weight.device or weight.is_meta or unusual() is not None:
+    if weight.dtype not in _FLOATS or input.device != weight.device or unusual() is not None:
         return None
     if (
         site is None

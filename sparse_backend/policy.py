@@ -112,6 +112,11 @@ def is_captured(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def has_numbers(x: torch.Tensor) -> bool:
+    """Whether entries can be looked at: on the meta device there are none, while a graph is captured none yet."""
+    return not (x.is_meta or is_captured(x))
+
+
 def max_active(device: torch.device) -> float:
     """Above which fraction of active entries a layer runs densely there."""
     return MAX_ACTIVE_CUDA if device.type == "cuda" else MAX_ACTIVE

@@ -265,7 +265,7 @@ class Site:
         self.called = 0  #: calls before those of the queue
         self.switched = False  #: what it reads requires grad only while it runs, or only while it does not
         self.gathering = False  #: calls that run next are being sought
-        self.reads = [(tensor, _version(tensor), tensor.requires_grad, _memory(tensor)) for tensor in reads]
+        self.reads = [_as_it_is(tensor) for tensor in reads]
         self.specs: tuple[Spec, ...] = ()
         self.state_slots: tuple[int, ...] = ()  #: which outputs its next call takes as its states, in their order
         self.states_at = 1  #: outputs from here on are states or may be asked for step by step
@@ -303,13 +303,12 @@ class Site:
 
     def read_again(self) -> None:
         """Nothing is recorded: what it reads may have changed."""
-        self.reads = [(tensor, _version(tensor), tensor.requires_grad, _memory(tensor)) for tensor, *_ in self.reads]
+        self.reads = [_as_it_is(tensor) for tensor, *_ in self.reads]
 
     def is_current(self) -> bool:
         """Whether the tensors it reads are as they were."""
         return all(
-            _version(tensor) == version and tensor.requires_grad is learned and _memory(tensor) == memory
-            for tensor, version, learned, memory in self.reads
+            _numbers(tensor) == numbers and tensor.requires_grad is learned for tensor, numbers, learned in self.reads
         )
 
     def forget(self) -> None:
@@ -380,7 +379,7 @@ class Recording:
         watched, self.watched = self.watched, []
         changed = [tensor for tensor, version in watched if _version(tensor) != version]
         for site in sites:
-            changed += [t for t, version, _, memory in site.reads if _version(t) != version or _memory(t) != memory]
+            changed += [tensor for tensor, numbers, _ in site.reads if _numbers(tensor) != numbers]
         if changed:
             raise RuntimeError(
                 f"time fusion: a tensor of shape {list(changed[0].shape)} was changed in place after a recorded call "
@@ -616,9 +615,14 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _memory(tensor: Tensor) -> int:
-    """Where a parameter's numbers are: `.data = …` puts others there, and sharded training frees them after a call."""
-    return tensor.data_ptr() if type(tensor) in (torch.nn.Parameter, Tensor) else 0
+def _numbers(tensor: Tensor) -> tuple[int, int]:
+    """What tells a parameter's numbers from later ones: their version, and where they are, since `.data = …` puts
+    others there, and sharded training frees them after a call."""
+    return _version(tensor), tensor.data_ptr() if type(tensor) in (torch.nn.Parameter, Tensor) else 0
+
+
+def _as_it_is(tensor: Tensor) -> tuple[Tensor, tuple[int, int], bool]:
+    return tensor, _numbers(tensor), tensor.requires_grad
 
 
 def use(ref: tuple[Node, int]) -> tuple[Node, int]:
@@ -638,9 +642,9 @@ def take(ref: tuple[Node, int]) -> tuple[Node, int]:
 
 
 @contextmanager
-def _requiring_grad(reads: Sequence[tuple[Tensor, int, bool, int]]) -> Iterator[bool]:
+def _requiring_grad(reads: Sequence[tuple[Tensor, tuple[int, int], bool]]) -> Iterator[bool]:
     """Leaves require grad as they did when they were recorded; yields whether that takes a switch."""
-    changed = [tensor for tensor, _, learned, _ in reads if tensor.requires_grad is not learned and tensor.is_leaf]
+    changed = [tensor for tensor, _, learned in reads if tensor.requires_grad is not learned and tensor.is_leaf]
     for tensor in changed:
         tensor.requires_grad_(not tensor.requires_grad)
     try:

@@ -248,7 +248,7 @@ class LinearSite(Site):
         events = None
         if type(whole) is EventTensor:
             events = whole
-        elif not policy.is_captured(whole):
+        elif policy.has_numbers(whole):
             events = EventTensor.if_sparse(whole, policy.MAX_INPUT)
         if events is not None and events is not whole:
             keeping.made(events.columns, events.indices)
