@@ -214,6 +214,19 @@ def digests(texts: dict[str, str]) -> dict[str, str]:
     return {name: figures.DIGEST.search(text)[1] for name, text in texts.items()}
 
 
+def test_a_digest_is_of_what_is_seen():
+    """Versions of matplotlib name colours, and lines without a name, in different ways."""
+    plots = pytest.importorskip("sparse_backend.paper.plots")
+
+    def digest(**style: str) -> str:
+        figure = plots.Figure()
+        figure.subplots().plot([0, 1], [2, 3], **style)
+        return plots.digest(figure)
+
+    assert digest(color="C0") == digest(color="#1f77b4", label="_unnamed") != digest(color="C1")
+    assert digest(label="a") != digest(label="b")
+
+
 def test_what_there_is_no_result_for_is_left_out_and_told(tmp_path, capsys):
     results = put(tmp_path / "results", {"one": training()})
     out = tmp_path / "out"

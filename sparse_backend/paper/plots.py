@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -87,7 +88,7 @@ def digest(figure: Figure) -> str:
     parts: list[Any] = [figure.get_suptitle()]
     for axes in figure.axes:
         parts += [axes.get_title(loc="left"), axes.get_xlabel(), axes.get_ylabel()]
-        parts += [(line.get_label(), str(line.get_color()), _numbers(line.get_xydata())) for line in axes.lines]
+        parts += [(_legend_text(line), to_hex(line.get_color()), _numbers(line.get_xydata())) for line in axes.lines]
         parts += [
             _numbers(patch.get_path().transformed(patch.get_patch_transform()).vertices) for patch in axes.patches
         ]
@@ -95,6 +96,12 @@ def digest(figure: Figure) -> str:
         parts += [_numbers(np.ma.filled(image.get_array(), np.nan)) for image in axes.images]
         parts += [(text.get_text(), _numbers(getattr(text, "xy", text.get_position()))) for text in axes.texts]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _legend_text(line: Any) -> str:
+    """What the legend says; nothing for names that matplotlib makes up."""
+    label = str(line.get_label())
+    return "" if label.startswith("_") else label
 
 
 def _numbers(values: Any) -> list[str]:
