@@ -317,7 +317,7 @@ def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
 # Custom autograd functions and scripts take their arguments in C++, and ask nobody.
 
 _here = threading.local()
-_own_apply = torch.autograd.Function.__dict__["apply"].__func__
+_apply_of: Any = torch.autograd.Function.__dict__["apply"].__get__  # a class method, in C from torch 2.15 on
 
 
 def inside_custom_function() -> bool:
@@ -325,15 +325,15 @@ def inside_custom_function() -> bool:
     return getattr(_here, "depth", 0) > 0
 
 
-@functools.wraps(_own_apply)
+@functools.wraps(_apply_of(None, torch.autograd.Function))
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """`torch.autograd.Function.apply`, given dense tensors in the place of stand-ins."""
     if torch.compiler.is_compiling():
-        return _own_apply(cls, *args, **kwargs)
+        return _apply_of(None, cls)(*args, **kwargs)
     before = getattr(_here, "depth", 0)
     _here.depth = before + 1
     try:
-        return _own_apply(cls, *[dense_of(arg) for arg in args], **kwargs)
+        return _apply_of(None, cls)(*[dense_of(arg) for arg in args], **kwargs)
     finally:
         _here.depth = before
 
@@ -356,7 +356,7 @@ for _script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
 def _keep(cls: Any, *args: Any) -> Any:
     """How older torch keeps what a checkpoint was given, for when it runs again: the same objects, with their values
     where a write to them would count as one after they were kept."""
-    return _own_apply(cls, *[arg if isinstance(arg, TensorLike) else dense_of(arg) for arg in args])
+    return _apply_of(None, cls)(*[arg if isinstance(arg, TensorLike) else dense_of(arg) for arg in args])
 
 
 _keeper = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)

@@ -6,6 +6,8 @@ import copy
 import math
 import operator
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -498,3 +500,30 @@ def test_functions_that_change_a_shape_in_place():
     assert x.unsqueeze_(0).shape == x.shape == x.to_dense().shape == (1, 4, 4) and x.dim() == 3
     x.data = torch.ones(2, 3)
     assert x.shape == (2, 3) and x.sum().item() == 6
+
+
+APPLY_IN_C = """
+import torch
+torch.autograd.Function.apply = torch._C._FunctionBase.__dict__["apply"]
+from sparse_backend import EventTensor
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        assert type(x) is torch.Tensor
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+x = torch.eye(3, requires_grad=True)
+Doubled.apply(EventTensor.from_dense(x)).sum().backward()
+assert x.grad.eq(2).all()
+"""
+
+
+def test_where_custom_functions_are_applied_in_c():
+    """As in torch 2.15."""
+    done = subprocess.run([sys.executable, "-c", APPLY_IN_C], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
