@@ -1393,8 +1393,9 @@ def test_report_counts_sequences_and_names_the_way():
     assert layer.active == pytest.approx(float((first.abs() < 0.1).float().mean()))
     assert layer.spikes == pytest.approx(float((first > 0).float().mean()))
     assert layer.kind == "norse.LIF" and layer.kept_bytes > 0 and layer.at_once == 7
-    text = str(sparse_backend.report(net))
-    assert "a readout has no spikes" in text and "sparse sequence" in text
+    report = sparse_backend.report(net)
+    assert "a readout has no spikes" in str(report) and "sparse sequence" in str(report)
+    assert report.note is None, "there is no loop to tell of"
 
 
 def test_check_compares_with_norses_own_code():
