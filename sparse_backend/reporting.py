@@ -105,10 +105,11 @@ def _fusion(net: nn.Module, layers: list[LayerReport]) -> str | None:
     longest = min(fusion.longest, at_once or fusion.longest)  # a Linear alone is not what counts
     if longest > 1 and fusion.forced < 2:  # once: when all steps were there
         return f"Time fusion: up to {longest} steps ran as one sequence."
-    if longest <= 1 and fusion.calls < 2 and at_once != 1:
-        return None  # no loop: its modules were given whole sequences, if anything
-    if longest == 1 and fusion.calls < 2:
-        return f"Time fusion: the forward is one step. {_FUSE}"
+    looped = longest > 1 or fusion.calls > 1
+    if not looped and at_once > 1:
+        return None  # its modules were given whole sequences
+    if not looped and longest == 1:
+        return f"Time fusion: the forward is one step. {_FUSE}" if at_once == 1 else None
     what = f"up to {longest} steps ran as one sequence" if longest > 1 else "every step ran alone"
     times = f" ({fusion.forced} times in the last forward)" if fusion.forced > 1 else ""
     forced = f" {fusion.forced_by} needed a value before the loop ended{times}." if fusion.forced_by else ""
