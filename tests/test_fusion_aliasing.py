@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -244,6 +244,125 @@ def test_a_tensor_in_the_shape_of_another_shares_its_memory(way: Way, how: str, 
         return torch.stack(out), total
 
     check(way, loop, fuses=None if of == "sum" else len(frames()))
+
+
+# Sums with `+=`, of a tensor that others hold as well: they see it grow.
+
+
+def _zeros() -> Tensor:
+    return torch.zeros(BATCH, HIDDEN, dtype=torch.float64)
+
+
+def _one_variable(spikes: Iterator[Any]) -> Any:
+    total = _zeros()
+    for spk in spikes:
+        total += spk
+    return total
+
+
+def _two_variables(spikes: Iterator[Any]) -> Any:
+    total = same = _zeros()
+    for spk in spikes:
+        total += spk
+    return same
+
+
+def _a_list(spikes: Iterator[Any]) -> Any:
+    kept = [_zeros()]
+    (total,) = kept
+    for spk in spikes:
+        total += spk
+    return kept
+
+
+def _a_view(spikes: Iterator[Any]) -> Any:
+    total = _zeros()
+    first = total[0]
+    for spk in spikes:
+        total += spk
+    return first
+
+
+def _add(total: Any, spk: Any) -> None:
+    total += spk
+
+
+def _a_caller(spikes: Iterator[Any]) -> Any:
+    total = _zeros()
+    for spk in spikes:
+        _add(total, spk)
+    return total
+
+
+def _a_callers_caller(spikes: Iterator[Any]) -> Any:
+    def add(total: Any, spk: Any) -> None:
+        _add(total, spk=spk)
+
+    total = _zeros()
+    for spk in spikes:
+        add(total, spk)
+    return total
+
+
+def _a_generator(spikes: Iterator[Any]) -> Any:
+    def added(total: Any) -> Iterator[Any]:
+        for spk in spikes:
+            total += spk
+            yield spk
+
+    total = _zeros()
+    seen = [spk * total.clone() for spk in added(total)]
+    return [*seen, total]
+
+
+def _lent_to_a_generator(spikes: Iterator[Any]) -> Any:
+    def seen(total: Any) -> Iterator[Any]:
+        for spk in spikes:
+            yield spk
+            yield total.clone()
+
+    total = _zeros()
+    out = []
+    each = seen(total)
+    for spk in each:
+        total += spk
+        out.append(next(each))
+    return [*out, total]
+
+
+def _a_closure(spikes: Iterator[Any]) -> Any:
+    total = _zeros()
+
+    def so_far() -> Any:
+        return total * 1.0
+
+    out = []
+    for spk in spikes:
+        total += spk
+        out.append(so_far())
+    return [*out, total]
+
+
+HOLDERS = {
+    holder.__name__[1:].replace("_", " "): holder
+    for holder in (_one_variable, _two_variables, _a_list, _a_view, _a_caller, _a_callers_caller, _a_generator,
+                   _lent_to_a_generator, _a_closure)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_sum_that_is_held(way: Way, holder: str) -> None:
+    def spikes(net: Net, x: Any) -> Iterator[Any]:
+        mem = net.lif1.reset_mem()
+        for step in x:
+            spk, mem = net.lif1(net.fc1(step), mem)
+            yield spk.detach()
+
+    def loop(net: Net, x: Any) -> Any:
+        spk, _ = net.lif1(net.fc1(x[0]), net.lif1.reset_mem())
+        return HOLDERS[holder](spikes(net, x)), spk
+
+    check(way, loop, fuses=STEPS if holder == "one variable" else None)
 
 
 @pytest.mark.parametrize("fuse_time", [True, False])

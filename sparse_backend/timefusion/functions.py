@@ -167,9 +167,11 @@ def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
                 result.views(args[0], functools.partial(_again, function, args[1:], kwargs))
         return NotImplemented if result is None else result
     if function is Tensor.add_ and type(args[0]) is Tensor:
-        held_once = sys.version_info < (3, 14) and sys.getrefcount(args[0]) <= _HELD_ONCE  # later ones borrow
-        rebinds = held_once and len(args) == 2 and not kwargs and _is_plus_equals(sys._getframe(2))
-        total = _running_sum(into, *args) if rebinds and _is_whole(*args) else None
+        total = None
+        if sys.getrefcount(args[0]) <= _HELD_ONCE and len(args) == 2 and not kwargs:
+            frame = sys._getframe(2)
+            rebinds = _is_plus_equals(frame) and not _is_borrowed(args[0], frame) and _is_whole(*args)
+            total = _running_sum(into, *args) if rebinds else None
         return NotImplemented if total is None else total
     if function is Tensor.__setitem__:
         return None if buffers.record(into, *args) else NotImplemented
@@ -252,6 +254,18 @@ def _plus_equals(code: CodeType) -> frozenset[int]:
 def _is_plus_equals(frame: FrameType) -> bool:
     """Whether a frame is at a `+=`, which stores what it is given, and not at a call of `add_`."""
     return frame.f_lasti in _plus_equals(frame.f_code)
+
+
+def _is_borrowed(total: Tensor, frame: FrameType) -> bool:
+    """Whether a caller's variable holds what is counted once: Python 3.14 and newer lend it to a call uncounted."""
+    if sys.version_info < (3, 14):  # where asking a frame for its variables would hold them
+        return False
+    caller = frame.f_back
+    while caller is not None:
+        if any(value is total for value in caller.f_locals.values()):
+            return True
+        caller = caller.f_back
+    return False
 
 
 def _is_whole(total: Tensor, x: Any) -> bool:
