@@ -443,8 +443,9 @@ def test_a_layer_without_inputs_gets_its_bias(layout, neurons):
 @pytest.mark.parametrize("neurons", [1, 5, 16, 33, 200, 300, 1000])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_a_whole_layer_of_usual_size(neurons, dtype):
-    """More rows than one block of steps, more columns than one block of neurons; sparse and exact."""
-    steps, batch, inputs = 40, 6, 100
+    """More rows than one block of steps, more columns than one block of neurons, more samples than shares of them;
+    sparse and exact."""
+    steps, batch, inputs = 40, 20, 100
     x = make_events(steps * batch, inputs, 0.05, 1, dtype)
     weight = dyadic((neurons, inputs), 2, dtype)
     neuron = (torch.tensor(0.5, dtype=dtype), torch.tensor(1.0, dtype=dtype), None)
@@ -645,9 +646,8 @@ def test_a_weight_whose_last_row_ends_with_its_storage(dtype):
 # Threads and races.
 
 
-def big_layer(dtype: torch.dtype, reset: str, rule: int) -> tuple[Any, Any]:
-    inputs, neurons = 150, 130
-    steps, batch = 25, 16
+def big_layer(dtype: torch.dtype, reset: str, rule: int, inputs: int) -> tuple[Any, Any]:
+    steps, batch, neurons = 50, 16, 130
     x = make_events(steps * batch, inputs, 0.05, 1, dtype, graded=True)
     weight = normal((neurons, inputs), 2, dtype, 0.4)
     neuron = (torch.tensor(0.9, dtype=dtype), torch.tensor(1.0, dtype=dtype), normal((batch, neurons), 3, dtype))
@@ -669,15 +669,16 @@ def big_layer(dtype: torch.dtype, reset: str, rule: int) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("inputs", [150, 2000])  # sums of the weight in shares of the samples, and not
 @pytest.mark.parametrize(("reset", "rule"), [("zero", 0), ("subtract", 1), ("subtract", 2)])
-def test_results_do_not_depend_on_threads_or_races(dtype, reset, rule):
-    forward, backward = big_layer(dtype, reset, rule)
+def test_results_do_not_depend_on_threads_or_races(dtype, reset, rule, inputs):
+    forward, backward = big_layer(dtype, reset, rule, inputs)
     results = []
     for count in (1, 2, 1, 2, 2):
         with threads(count):
             out = LeakyOutput(*linear_leaky_ops.linear_leaky(*forward))
             dense = leaky_dense_ops.leaky_dense(
-                normal((25, 16, 130), 8, dtype), torch.tensor(0.9, dtype=dtype), torch.tensor(1.0, dtype=dtype), None,
+                normal((50, 16, 130), 8, dtype), torch.tensor(0.9, dtype=dtype), torch.tensor(1.0, dtype=dtype), None,
                 None, 0, True, INF, False,
             )  # fmt: skip
             x = event_ops.events_from_dense(spikes((400, 130), 0.1, 3, dtype), 1.0)

@@ -155,28 +155,27 @@ struct NeuronGrads {
     Tensor mem, beta, threshold;
 };
 
-// The walk over groups of samples with all columns.
+// The walk over groups of samples with all columns: what is in `to`, and `sums` with the events of the input.
 template <typename T>
-NeuronGrads<T> walk_groups(const LeakyBackward<T>& a, const Tensor& like, T* delta, const Weight<T>& weight,
-                           const Rows& wanted, T* grad_input, bool need_mem, bool need_beta, bool need_threshold) {
+NeuronGrads<T> walk_groups(const LeakyBackward<T>& a, const Tensor& like, RowsOut<T> to, const Events<T>& input,
+                           SharedSums<T>& sums, bool need_mem, bool need_beta, bool need_threshold) {
     STD_TORCH_CHECK(
         !need_beta || a.p_last != nullptr || a.mem_seq != nullptr || a.steps <= 1 || a.batch * a.neurons == 0,
         "beta: expected p or mem_seq to have been kept for its gradient, got neither");
-    const bool adds_up = need_beta || need_threshold;
+    const bool adds_up = need_beta || need_threshold || sums;
     const int64_t group = adds_up ? Tiling::fixed_group(a.batch) : Tiling::free_group(a.batch, a.steps, a.neurons);
     const Tiling tiling(a.batch, a.neurons, std::numeric_limits<int32_t>::max(), group);
     GroupSums<T> beta_sums(need_beta, tiling.groups, a.neurons),
         threshold_sums(need_threshold, tiling.groups, a.neurons);
     Tensor grad_mem = empty(like, need_mem ? std::vector<int64_t>{a.batch, a.neurons} : std::vector<int64_t>{0});
-    parallel_for(0, tiling.groups, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const Block group = tiling.task(i);
-            const NeuronSums<T> sums{beta_sums.of(i), threshold_sums.of(i)};
-            rows_of_walk<T>(a.batch, a.neurons, group, kColumnsInCache, delta, weight, wanted, grad_input,
-                            [&](const Block& block, auto&& visit) {
-                                leaky_adjoint(a, block, sums, need_mem ? output<T>(grad_mem) : nullptr, visit);
-                            });
-        }
+    for_shares(sums ? sums.shares() : tiling.groups, tiling.groups, [&](int64_t share, int64_t k) {
+        const Outer<T> outers[] = {sums.outer(share, input)};
+        RowsOut<T> here = to;
+        if (sums) here.outers = outers, here.bias = sums.bias(share);
+        const NeuronSums<T> neuron_sums{beta_sums.of(k), threshold_sums.of(k)};
+        rows_of_walk(a.batch, a.neurons, tiling.task(k), kColumnsInCache, here, [&](const Block& block, auto&& visit) {
+            leaky_adjoint(a, block, neuron_sums, need_mem ? output<T>(grad_mem) : nullptr, visit);
+        });
     });
     return {grad_mem, beta_sums.total(like, a.neurons), threshold_sums.total(like, a.neurons)};
 }
@@ -195,8 +194,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> leaky_backward(
         const auto threshold_padded = per_neuron<scalar_t>(threshold, neurons, scalar_t(0), "threshold");
         a.beta = beta_padded.data(), a.threshold = threshold_padded.data();
         Tensor delta = empty(beta, {steps, batch, neurons});
-        const auto grads = walk_groups<scalar_t>(a, beta, output<scalar_t>(delta), {}, {}, nullptr, need_mem, need_beta,
-                                                 need_threshold);
+        SharedSums<scalar_t> none(0, false, false, 0, neurons);
+        const auto grads = walk_groups<scalar_t>(a, beta, {.delta = output<scalar_t>(delta)}, {}, none, need_mem,
+                                                 need_beta, need_threshold);
         return {delta, grads.mem, grads.beta, grads.threshold};
     });
 }
@@ -206,8 +206,10 @@ enum WeightRule : int64_t { kByCounts = 0, kOverSpikes = 1, kOverActive = 2 };
 
 // Whether to sum over active entries and traces rather than over input spikes and deltas. Costs in vector operations:
 // a row added to a sum in cache about 4, one step of a decaying row about 2.5, a spike added to a trace about 3.
+// walked: the deltas are there anyway.
 template <typename T>
-bool over_active(const LeakyBackward<T>& a, const Events<T>& input, int64_t inputs, bool scalar_beta, int64_t rule) {
+bool over_active(const LeakyBackward<T>& a, const Events<T>& input, int64_t inputs, bool scalar_beta, int64_t rule,
+                 bool walked) {
     const bool exact = scalar_beta && a.grad_x != nullptr && a.grad_mem_last == nullptr && a.grad_mem_seq == nullptr &&
                        a.reset != kZero && !a.double_reset();
     if (!exact || rule == kOverSpikes) return false;
@@ -217,8 +219,32 @@ bool over_active(const LeakyBackward<T>& a, const Events<T>& input, int64_t inpu
                  active = a.active.row_ptr[n_rows] - a.active.row_ptr[0];
     const double per_spike = static_cast<double>(padded(a.neurons)) / Vec<T>::width;
     const double per_active = static_cast<double>(padded(inputs)) / Vec<T>::width;
-    return (4 * active + 2.5 * static_cast<double>(n_rows)) * per_active + 3 * spikes <
-           (4 * spikes + 2.5 * static_cast<double>(n_rows)) * per_spike;
+    const double decays = 2.5 * static_cast<double>(n_rows);
+    return (4 * active + decays) * per_active + 3 * spikes < (4 * spikes + (walked ? 0 : decays)) * per_spike;
+}
+
+// The gradients of weight and bias by that formula. Tasks sum up ranges of inputs, each in memory of its own.
+template <typename T>
+std::pair<Tensor, Tensor> weight_over_active(const LeakyBackward<T>& a, const Tensor& weight, const Events<T>& input,
+                                             bool need_weight, bool need_bias) {
+    const int64_t neurons = weight.size(0), inputs = weight.size(1);
+    Tensor grad_weight = empty_weight_grad(weight, need_weight, neurons, inputs);
+    Tensor grad_bias = empty(weight, {need_bias ? neurons : 0});
+    const int64_t blocks = std::max<int64_t>(padded(inputs) / kPad, 1);
+    parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * kPad, last = std::min(end * kPad, inputs), width = padded(last - first);
+        Scratch<T> sums(need_weight ? neurons * width : 0), bias(need_bias && begin == 0 ? neurons : 0);
+        leaky_backward_weight_active<T>(a, Tiling::fixed_group(a.batch), first, last, input,
+                                        need_weight ? sums.get() : nullptr, width,
+                                        need_bias && begin == 0 ? bias.get() : nullptr);
+        const auto copy = [](const T* from, int64_t n, T* to) {
+            if (n > 0) std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+        };
+        for (int64_t j = 0; need_weight && j < neurons; ++j)
+            copy(sums.get() + j * width, last - first, output<T>(grad_weight) + j * inputs + first);
+        if (need_bias && begin == 0) copy(bias.get(), neurons, output<T>(grad_bias));
+    });
+    return {grad_weight, grad_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_leaky_backward(
@@ -253,32 +279,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_leaky_backward
         } else if (need_input == 2) {
             delta = empty(weight, {steps * batch, neurons});
         }
+        const bool need_walk = need_input || need_mem || need_beta || need_threshold;
+        const int64_t shares = SharedSums<T>::shares_for(inputs, neurons, steps, batch);
+        const bool traces = (need_weight || need_bias) &&
+                            over_active(a, input, inputs, beta.numel() == 1, weight_rule, need_walk && shares > 0);
+        SharedSums<T> shared(traces ? 0 : shares, need_weight, need_bias, inputs, neurons);
         NeuronGrads<T> grads{empty(weight, {0}), empty(weight, {0}), empty(weight, {0})};
-        if (need_input || need_mem || need_beta || need_threshold)
-            grads = walk_groups<T>(
-                a, weight, delta ? output<T>(*delta) : nullptr, padded_weight ? padded_weight->get() : Weight<T>{},
-                wanted, need_input == 1 ? output<T>(grad_input) : nullptr, need_mem, need_beta, need_threshold);
+        if (need_walk || shared)
+            grads = walk_groups<T>(a, weight,
+                                   {.delta = delta ? output<T>(*delta) : nullptr,
+                                    .weight = padded_weight ? padded_weight->get() : Weight<T>{},
+                                    .wanted = wanted,
+                                    .grad_input = need_input == 1 ? output<T>(grad_input) : nullptr},
+                                   input, shared, need_mem, need_beta, need_threshold);
         if (need_input == 2) grad_input = torch::stable::matmul(*delta, weight);
 
-        const bool traces = over_active(a, input, inputs, beta.numel() == 1, weight_rule);
+        const auto with = [&](const Tensor& grad_weight, const Tensor& grad_bias) -> Grads {
+            return {grad_input, grad_weight, grad_bias, grads.mem, grads.beta, grads.threshold};
+        };
+        if (shared) return with(shared.weight_grad(weight), shared.bias_grad(weight));
+        if (traces) {
+            const auto [grad_weight, grad_bias] = weight_over_active(a, weight, input, need_weight, need_bias);
+            return with(grad_weight, grad_bias);
+        }
         const Tiling tiling(batch, neurons, kWeightColumns);
-        WeightSums<T> sums(need_weight, need_bias, inputs, tiling, !traces);
-        if (traces && (need_weight || need_bias)) {
-            const int64_t blocks = std::max<int64_t>(padded(inputs) / kPad, 1);
-            parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
-                leaky_backward_weight_active<T>(a, tiling.group, begin * kPad, std::min(end * kPad, inputs), input,
-                                                sums.weight(0), sums.stride(), begin == 0 ? sums.bias() : nullptr);
-            });
-        } else if (need_weight || need_bias) {
+        WeightSums<T> sums(need_weight, need_bias, inputs, tiling);
+        if (need_weight || need_bias)
             for_weight_tasks(tiling, inputs, indices.numel(), [&](const Block& columns, const Share& share) {
                 const Outer<T> outer[] = {{input, share.of(inputs), sums.weight(columns.first_column), sums.stride()}};
-                sums_of_walk(a.batch, tiling.group, columns, outer, sums.bias(share),
-                             [&](const Block& block, auto&& visit) {
-                                 leaky_adjoint(a, block, NeuronSums<T>{}, static_cast<T*>(nullptr), visit);
-                             });
+                sums_of_walk<T>(a.batch, tiling.group, columns, outer, sums.bias(share),
+                                [&](const Block& block, auto&& visit) {
+                                    leaky_adjoint(a, block, NeuronSums<T>{}, static_cast<T*>(nullptr), visit);
+                                });
             });
-        }
-        return {grad_input, sums.weight_grad(weight), sums.bias_grad(weight), grads.mem, grads.beta, grads.threshold};
+        return with(sums.weight_grad(weight), sums.bias_grad(weight));
     });
 }
 

@@ -216,10 +216,27 @@ class LifWalk {
     }
     LifWalk(const LifWalk&) = delete;
 
-    // The walk over groups of samples with all columns: delta, the input's gradient, those of `needs` but the last.
-    std::vector<Tensor> walk_groups(const std::optional<Tensor>& delta, const Weight<T>& weight, const Rows& wanted,
-                                    T* grad_input) {
-        const bool adds_up = saved_.needs >> kMemGain & ((1 << (kRecurrent - kMemGain)) - 1);
+    // The sums of the wanted weights, where all of them are small enough.
+    struct Shared {
+        SharedSums<T> input, recurrent;
+        explicit operator bool() const { return input || recurrent; }
+    };
+    Shared shared_sums(bool need_weight, bool need_bias, int64_t inputs) const {
+        const bool need_recurrent = saved_.need(kRecurrent);
+        const int64_t most = std::max(inputs, need_recurrent ? a.neurons : 0);
+        const int64_t shares = SharedSums<T>::shares_for(most, a.neurons, a.steps, a.batch);
+        return {SharedSums<T>(shares, need_weight, need_bias, inputs, a.neurons),
+                SharedSums<T>(shares, need_recurrent, false, a.neurons, a.neurons)};
+    }
+    static Shared nothing_shared() {
+        return {SharedSums<T>(0, false, false, 0, 0), SharedSums<T>(0, false, false, 0, 0)};
+    }
+
+    // The walk over groups of samples with all columns: delta, what is in `to`, the sums `shared` with events of the
+    // input, and the gradients of `needs` but the last.
+    std::vector<Tensor> walk_groups(const std::optional<Tensor>& delta, RowsOut<T> to, const Events<T>& input,
+                                    Shared& shared) {
+        const bool adds_up = shared || saved_.needs >> kMemGain & ((1 << (kRecurrent - kMemGain)) - 1);
         const bool in_steps = saved_.dense && saved_.recurrent.has_value() && saved_.g.has_value() && a.steps > 0;
         const Tensor& like = saved_.mem_gain;
         const int64_t batch = a.batch, neurons = a.neurons;
@@ -235,24 +252,26 @@ class LifWalk {
         std::vector<Tensor> grads{state(kV), state(kI)};
         T* const grad_v = saved_.need(kV) ? output<T>(grads[0]) : nullptr;
         T* const grad_i = saved_.need(kI) ? output<T>(grads[1]) : nullptr;
-        T* const delta_out = delta ? output<T>(*delta) : nullptr;
+        const Before before(a, static_cast<bool>(shared.recurrent));
         // What comes back through recurrent weights comes from all columns.
         const int64_t at_once = a.is_recurrent ? std::max<int64_t>(neurons, 1) : kColumnsInCache;
-        const auto run = [&](const LifBackward<T>& now, T* to, T* to_grad_v, T* to_grad_i) {
-            parallel_for(0, tiling.groups, 1, [&](int64_t begin, int64_t end) {
-                for (int64_t k = begin; k < end; ++k) {
-                    const LifSums<T> here{sums[0].of(k), sums[1].of(k), sums[2].of(k), sums[3].of(k), sums[4].of(k)};
-                    rows_of_walk<T>(batch, neurons, tiling.task(k), at_once, to, weight, wanted, grad_input,
-                                    [&](const Block& block, auto&& visit) {
-                                        lif_adjoint(now, block, here, to_grad_v, to_grad_i, visit);
-                                    });
-                }
+        const auto run = [&](const LifBackward<T>& now, T* to_delta, T* to_grad_v, T* to_grad_i) {
+            for_shares(shared ? shared.input.shares() : tiling.groups, tiling.groups, [&](int64_t share, int64_t k) {
+                const LifSums<T> here{sums[0].of(k), sums[1].of(k), sums[2].of(k), sums[3].of(k), sums[4].of(k)};
+                const Outer<T> outers[] = {shared.input.outer(share, input),
+                                           shared.recurrent.outer(share, before.events)};
+                RowsOut<T> out = to;
+                out.delta = to_delta;
+                if (shared) out.outers = outers, out.bias = shared.input.bias(share);
+                rows_of_walk(batch, neurons, tiling.task(k), at_once, out, [&](const Block& block, auto&& visit) {
+                    lif_adjoint(now, block, here, to_grad_v, to_grad_i, visit);
+                });
             });
         };
         if (in_steps)
             walk_steps(*delta, grad_v, grad_i, run);
         else
-            run(a, delta_out, grad_v, grad_i);
+            run(a, delta ? output<T>(*delta) : nullptr, grad_v, grad_i);
         for (GroupSums<T>& sum : sums) grads.push_back(sum.total(like, neurons));
         if (a.is_recurrent) {  // resolved: from now on the neuron is one without recurrence
             a.grad_x = a.through, a.through = nullptr;
@@ -261,13 +280,19 @@ class LifWalk {
         return grads;
     }
 
-    // Gradients of the weight [N, M], the bias and the recurrent weights; `input` has n_events events of M inputs.
+    // Gradients of the weight [N, M], the bias and the recurrent weights.
+    std::tuple<Tensor, Tensor, Tensor> weights_of(Shared& shared) const {
+        const Tensor& like = saved_.mem_gain;
+        return {shared.input.weight_grad(like), shared.input.bias_grad(like), shared.recurrent.weight_grad(like)};
+    }
+
+    // The same where they were not summed up yet; `input` has n_events events of M inputs.
     std::tuple<Tensor, Tensor, Tensor> walk_weights(const Events<T>& input, int64_t inputs, int64_t n_events,
                                                     bool need_weight, bool need_bias) {
         const Before before(a, saved_.need(kRecurrent));
         const Tiling tiling(a.batch, a.neurons, kWeightColumns);
-        WeightSums<T> sums(need_weight, need_bias, inputs, tiling, true);
-        WeightSums<T> recurrent(before.wanted, false, a.neurons, tiling, true);
+        WeightSums<T> sums(need_weight, need_bias, inputs, tiling);
+        WeightSums<T> recurrent(before.wanted, false, a.neurons, tiling);
         if (need_weight || need_bias || before.wanted)
             for_weight_tasks(tiling, std::max(inputs, a.neurons), n_events + before.count,
                              [&](const Block& columns, const Share& share) {
@@ -275,11 +300,11 @@ class LifWalk {
                                  const Outer<T> outers[] = {
                                      {input, share.of(inputs), sums.weight(first), sums.stride()},
                                      {before.events, share.of(a.neurons), recurrent.weight(first), recurrent.stride()}};
-                                 sums_of_walk(a.batch, tiling.group, columns, outers, sums.bias(share),
-                                              [&](const Block& block, auto&& visit) {
-                                                  lif_adjoint(a, block, {}, static_cast<T*>(nullptr),
-                                                              static_cast<T*>(nullptr), visit);
-                                              });
+                                 sums_of_walk<T>(a.batch, tiling.group, columns, outers, sums.bias(share),
+                                                 [&](const Block& block, auto&& visit) {
+                                                     lif_adjoint(a, block, {}, static_cast<T*>(nullptr),
+                                                                 static_cast<T*>(nullptr), visit);
+                                                 });
                              });
         const Tensor& like = saved_.mem_gain;
         return {sums.weight_grad(like), sums.bias_grad(like), recurrent.weight_grad(like)};
@@ -290,7 +315,7 @@ class LifWalk {
         const Before before(a, saved_.need(kRecurrent));
         const int64_t n_rows = a.steps * a.batch;
         const Tiling tiling(n_rows, a.neurons, kWeightColumns);
-        WeightSums<T> sums(before.wanted, false, a.neurons, tiling, true);
+        WeightSums<T> sums(before.wanted, false, a.neurons, tiling);
         if (before.wanted)
             for_weight_tasks(tiling, a.neurons, before.count, [&](const Block& columns, const Share& share) {
                 const Span range = share.of(a.neurons);
@@ -366,7 +391,8 @@ LifGrads lif_backward(MaybeTensor grad_x, MaybeTensor grad_v_last, MaybeTensor g
     return SPARSE_BACKEND_DISPATCH(mem_gain, "lif_backward", [&]() -> LifGrads {
         LifWalk<scalar_t> walk(saved);
         const Tensor delta = empty(mem_gain, {steps, batch, neurons});
-        const auto grads = walk.walk_groups(delta, {}, {}, nullptr);
+        auto none = LifWalk<scalar_t>::nothing_shared();
+        const auto grads = walk.walk_groups(delta, {}, {}, none);
         return {
             delta, grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6], walk.recurrent_grad(delta)};
     });
@@ -406,15 +432,21 @@ LinearLifGrads linear_lif_backward(const Tensor& row_ptr, const Tensor& indices,
         } else if (need_input == 2) {
             delta = empty(weight, {steps * batch, neurons});
         }
+        const auto input = events<T>(row_ptr, indices, values);
+        auto shared = walk.shared_sums(need_weight, need_bias, weight.size(1));
         std::vector<Tensor> grads;
-        if (need_input || needs || walk.a.is_recurrent)
-            grads = walk.walk_groups(delta, padded_weight ? padded_weight->get() : Weight<T>{}, wanted,
-                                     need_input == 1 ? output<T>(grad_input) : nullptr);
+        if (need_input || needs || walk.a.is_recurrent || shared)
+            grads = walk.walk_groups(delta,
+                                     {.weight = padded_weight ? padded_weight->get() : Weight<T>{},
+                                      .wanted = wanted,
+                                      .grad_input = need_input == 1 ? output<T>(grad_input) : nullptr},
+                                     input, shared);
         else
             for (int k = kV; k < kRecurrent; ++k) grads.push_back(empty(weight, {0}));
         if (need_input == 2) grad_input = torch::stable::matmul(*delta, weight);
-        const auto [grad_weight, grad_bias, grad_recurrent] = walk.walk_weights(
-            events<T>(row_ptr, indices, values), weight.size(1), indices.numel(), need_weight, need_bias);
+        const auto [grad_weight, grad_bias, grad_recurrent] =
+            shared ? walk.weights_of(shared)
+                   : walk.walk_weights(input, weight.size(1), indices.numel(), need_weight, need_bias);
         return {grad_input, grad_weight, grad_bias, grads[0], grads[1],      grads[2],
                 grads[3],   grads[4],    grads[5],  grads[6], grad_recurrent};
     });

@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> event_linear_backward(const Tensor& given, co
             grad_input = torch::stable::matmul(delta, weight);
         }
         const Tiling tiling(n_rows, neurons, kWeightColumns);
-        WeightSums<T> sums(need_weight, need_bias, inputs, tiling, true);
+        WeightSums<T> sums(need_weight, need_bias, inputs, tiling);
         if (need_weight || need_bias) {
             const auto input = events<T>(row_ptr, indices, values);
             for_weight_tasks(tiling, inputs, indices.numel(), [&](const Block& columns, const Share& share) {

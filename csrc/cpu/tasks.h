@@ -1,7 +1,7 @@
 // Tasks of the CPU ops and what becomes of their results: lists joined, sums added up and delivered.
 #pragma once
 
-#include "sparse_backend/rows.h"
+#include "sparse_backend/walks.h"
 #include "tensors.h"
 
 namespace sparse_backend {
@@ -120,41 +120,42 @@ void for_weight_tasks(const Tiling& tiling, int64_t inputs, int64_t events, Run&
     });
 }
 
-// The sums of a weight gradient and their delivery as [N, M]. A row per input, [M, width] for each block of columns, or
-// a row per neuron, [N, padded(M)]. Blocks lie apart: cores must not share neighbouring cache lines.
+// [M, `stride`], sums of a weight gradient with a row per input, as columns `first` to `first + columns` of [N, M].
+template <typename T>
+void deliver(const T* from, int64_t inputs, int64_t stride, int64_t first, int64_t columns, const Tensor& grad) {
+    if (columns > 0) transpose<T>(from, inputs, columns, stride, 1, output<T>(grad) + first * inputs, inputs);
+}
+
+inline Tensor empty_weight_grad(const Tensor& like, bool needed, int64_t neurons, int64_t inputs) {
+    return empty(like, needed ? std::vector<int64_t>{neurons, inputs} : std::vector<int64_t>{0});
+}
+
+// The sums of a weight gradient, a row per input, [M, width] for each block of columns, and their delivery as [N, M].
+// Blocks lie apart: cores must not share neighbouring cache lines.
 template <typename T>
 class WeightSums {
   public:
-    WeightSums(bool need_weight, bool need_bias, int64_t inputs, const Tiling& tiling, bool row_per_input)
+    WeightSums(bool need_weight, bool need_bias, int64_t inputs, const Tiling& tiling)
         : inputs_(inputs),
           tiling_(tiling),
-          row_per_input_(row_per_input),
           need_weight_(need_weight),
           need_bias_(need_bias),
-          weight_(!need_weight    ? 0
-                  : row_per_input ? tiling.blocks * inputs * tiling.width
-                                  : tiling.neurons * padded(inputs)),
+          weight_(need_weight ? tiling.blocks * inputs * tiling.width : 0),
           bias_(need_bias ? padded(tiling.neurons) : 0) {}
-    int64_t stride() const { return row_per_input_ ? tiling_.width : padded(inputs_); }
+    int64_t stride() const { return tiling_.width; }
     // Where row 0 of all columns would begin, for the block that starts at `first_column`.
     T* weight(int64_t first_column) {
-        if (!need_weight_) return nullptr;
-        return row_per_input_ ? weight_.get() + first_column * inputs_ - first_column : weight_.get();
+        return need_weight_ ? weight_.get() + first_column * inputs_ - first_column : nullptr;
     }
-    T* bias() { return need_bias_ ? bias_.get() : nullptr; }
-    T* bias(const Share& share) { return share.index == 0 ? bias() : nullptr; }  // of the share that adds it up
+    // For the share that adds it up.
+    T* bias(const Share& share) { return need_bias_ && share.index == 0 ? bias_.get() : nullptr; }
     Tensor weight_grad(const Tensor& like) {
-        if (!need_weight_) return empty(like, {0});
-        const int64_t neurons = tiling_.neurons;
-        Tensor out = empty(like, {neurons, inputs_});
-        T* to = output<T>(out);
-        for (int64_t k = 0; row_per_input_ && k < tiling_.blocks; ++k) {
-            const int64_t first = k * tiling_.width, columns = std::min(tiling_.width, neurons - first);
-            if (columns > 0)
-                transpose<T>(weight(first) + first, inputs_, columns, stride(), 1, to + first * inputs_, inputs_);
+        Tensor out = empty_weight_grad(like, need_weight_, tiling_.neurons, inputs_);
+        for (int64_t k = 0; need_weight_ && k < tiling_.blocks; ++k) {
+            const int64_t first = k * tiling_.width;
+            deliver(weight(first) + first, inputs_, stride(), first, std::min(tiling_.width, tiling_.neurons - first),
+                    out);
         }
-        for (int64_t j = 0; !row_per_input_ && inputs_ > 0 && j < neurons; ++j)
-            std::memcpy(to + j * inputs_, weight_.get() + j * stride(), static_cast<size_t>(inputs_) * sizeof(T));
         return out;
     }
     Tensor bias_grad(const Tensor& like) {
@@ -167,8 +168,68 @@ class WeightSums {
   private:
     int64_t inputs_;
     Tiling tiling_;
-    bool row_per_input_, need_weight_, need_bias_;
+    bool need_weight_, need_bias_;
     Scratch<T> weight_, bias_;
+};
+
+// run(share, group) for all groups of samples, which tasks take in shares, one group after the other.
+template <typename Run>
+void for_shares(int64_t shares, int64_t groups, Run&& run) {
+    parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t share = begin; share < end; ++share) {
+            const Span span = Share{share, shares}.of(groups);
+            for (int64_t group = span.begin; group < span.end; ++group) run(share, group);
+        }
+    });
+}
+
+// The sums of a weight gradient so small that several shares of the samples may have one each, [M, padded(N)]: they are
+// added up in the walk that other gradients need anyway. How many shares there are depends on sizes alone.
+template <typename T>
+class SharedSums {
+  public:
+    // Shares for weights of up to this many inputs. 0 where sums of so few samples would be too large, or cost more
+    // than another walk over the rows.
+    static int64_t shares_for(int64_t inputs, int64_t neurons, int64_t steps, int64_t batch) {
+        constexpr int64_t most_entries = 1 << 18, fewest = 4;
+        int64_t shares = Tiling(batch, neurons, 1).groups;
+        while (shares * inputs * padded(neurons) > most_entries || shares * inputs > steps * batch) shares /= 2;
+        return shares < fewest ? 0 : shares;
+    }
+    SharedSums(int64_t shares, bool need_weight, bool need_bias, int64_t inputs, int64_t neurons)
+        : shares_(shares),
+          inputs_(inputs),
+          neurons_(neurons),
+          width_(padded(neurons)),
+          need_weight_(need_weight && shares > 0),
+          need_bias_(need_bias && shares > 0),
+          weight_(need_weight_ ? shares * inputs_ * width_ : 0),
+          bias_(need_bias_, shares, neurons) {}
+    explicit operator bool() const { return need_weight_ || need_bias_; }
+    int64_t shares() const { return shares_; }
+    Outer<T> outer(int64_t share, const Events<T>& events) {
+        return {events, {0, inputs_}, need_weight_ ? weight_.get() + share * inputs_ * width_ : nullptr, width_};
+    }
+    T* bias(int64_t share) { return bias_.of(share); }
+    Tensor weight_grad(const Tensor& like) {
+        Tensor out = empty_weight_grad(like, need_weight_, neurons_, inputs_);
+        if (!need_weight_) return out;
+        const int64_t entries = inputs_ * width_;
+        T* const sum = weight_.get();
+        parallel_for(0, entries, kWorthAThread, [&](int64_t begin, int64_t end) {
+            for (int64_t k = 1; k < shares_; ++k)
+                for (int64_t i = begin; i < end; ++i) sum[i] += sum[k * entries + i];
+        });
+        deliver(sum, inputs_, width_, 0, neurons_, out);
+        return out;
+    }
+    Tensor bias_grad(const Tensor& like) { return bias_.total(like, neurons_); }
+
+  private:
+    int64_t shares_, inputs_, neurons_, width_;
+    bool need_weight_, need_bias_;
+    Scratch<T> weight_;
+    GroupSums<T> bias_;
 };
 
 }  // namespace sparse_backend

@@ -71,12 +71,16 @@ std::vector<T> per_neuron(const Tensor& tensor, int64_t neurons, T padding, cons
     return out;
 }
 
+// Entries below which waking a second thread costs more than it saves.
+constexpr int64_t kWorthAThread = 1 << 15;
+
 // to[c, r] = from[r, c]; rows of `to` are `to_stride` apart.
 template <typename T>
 void transpose(const T* from, int64_t n_rows, int64_t columns, int64_t row_stride, int64_t column_stride, T* to,
                int64_t to_stride) {
     constexpr int64_t tile = 32;
-    torch::stable::parallel_for(0, (columns + tile - 1) / tile, 8, [&](int64_t first, int64_t last) {
+    const int64_t grain = std::max<int64_t>(kWorthAThread / (tile * std::max<int64_t>(n_rows, 1)), 1);
+    torch::stable::parallel_for(0, (columns + tile - 1) / tile, grain, [&](int64_t first, int64_t last) {
         for (int64_t c0 = first * tile; c0 < std::min(last * tile, columns); c0 += tile)
             for (int64_t r0 = 0; r0 < n_rows; r0 += tile)
                 for (int64_t c = c0; c < std::min(c0 + tile, columns); ++c)
@@ -110,9 +114,6 @@ class PaddedWeight {
     std::unique_ptr<Scratch<T>> owned_;
     Weight<T> view_;
 };
-
-// Entries below which waking a second thread costs more than it saves.
-constexpr int64_t kWorthAThread = 1 << 15;
 
 // How samples and columns are cut into tasks. Where a task adds up over samples, its group must not depend on the
 // number of threads: groups of 16, whose states fit the first cache.

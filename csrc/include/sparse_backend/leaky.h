@@ -279,7 +279,7 @@ void leaky_adjoint(const LeakyBackward<T>& a, const Block& block, NeuronSums<T> 
 // The same gradient summed the other way round, over the active entries: sum of grad_x[t, b, j] trace[t, b], where
 // trace[t] = beta trace[t-1] + s[t]. Right where one decay carries every delta back unchanged: scalar beta, no reset
 // to zero, no second reset, and no gradient on a membrane. For inputs [first_input, last_input), all samples in a
-// fixed order. weight_sum: [N, stride], bias_sum: [N]
+// fixed order. weight_sum: [N, stride], from the first input on; bias_sum: [N]; null where not wanted
 template <typename T>
 void leaky_backward_weight_active(const LeakyBackward<T>& a, int64_t group, int64_t first_input, int64_t last_input,
                                   const Events<T>& input, T* weight_sum, int64_t stride, T* bias_sum) {
@@ -308,7 +308,7 @@ void leaky_backward_weight_active(const LeakyBackward<T>& a, int64_t group, int6
                     const int64_t j = a.active.indices[e];
                     if (bias_sum != nullptr) bias_sum[j] += grad_x[e] * bias_trace;
                     if (weight_sum == nullptr) continue;
-                    T* const to = weight_sum + j * stride + first_input;
+                    T* const to = weight_sum + j * stride;
                     const V scale = V::all(grad_x[e]);
                     for (int64_t k = 0; k < width; k += V::width)
                         (V::load(to + k) + scale * V::load(trace + k)).store(to + k);
