@@ -44,12 +44,12 @@ void add_row(std::span<const Outer<T>> outers, int64_t column, int64_t columns, 
 // What one walk over a group of samples and all columns gives, null where not wanted.
 template <typename T>
 struct RowsOut {
-    T* delta = nullptr;  // [T * B, N]
-    Weight<T> weight;    // for the input's gradient at the wanted entries
-    Rows wanted;
+    T* delta = nullptr;     // [T * B, N]
+    Weight<T> weight = {};  // for the input's gradient at the wanted entries
+    Rows wanted = {};
     T* grad_input = nullptr;
-    std::span<const Outer<T>> outers;  // sums of this task's samples
-    T* bias = nullptr;                 // [padded(N)]
+    std::span<const Outer<T>> outers = {};  // sums of this task's samples
+    T* bias = nullptr;                      // [padded(N)]
 };
 
 // One group of samples, all columns, `columns_at_once` of them at a time.
