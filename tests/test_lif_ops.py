@@ -22,6 +22,7 @@ from test_ops import (
     F32,
     F64,
     LAYOUT,
+    MANY_SAMPLES,
     SEED,
     STEPS,
     WIDTH,
@@ -237,6 +238,12 @@ def test_linear_lif_against_its_twin(
     )  # fmt: skip
     ours, twin = linear_lif_ops.linear_lif_backward(*args), linear_lif_twins.linear_lif_backward(*args)
     compare_backward(ours, twin, ("input", "weight", "bias", *NEEDS))
+
+
+@settings(deadline=None, max_examples=60)
+@given(**MANY_SAMPLES)
+def test_linear_lif_of_many_samples(**case):
+    test_linear_lif_against_its_twin.hypothesis.inner_test(**case)
 
 
 def make_neuron(neurons: int, batch: int, dtype: torch.dtype, recurrent: bool = False, **rest: Any) -> Neuron:

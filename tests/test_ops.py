@@ -427,6 +427,20 @@ def test_linear_leaky_against_its_twin(
     equal(linear_leaky_ops.linear_leaky_backward(*args), linear_leaky_twins.linear_leaky_backward(*args), "backward")
 
 
+#: samples enough for several of the kernels' groups, in steps enough for the weight's sums to be in shares of them
+MANY_SAMPLES = {
+    "data": st.data(), "steps": st.sampled_from([5, 12]), "batch": st.sampled_from([17, 40]),
+    "inputs": st.integers(1, 20), "neurons": st.sampled_from([1, 7, 16, 33]), "density": DENSITY, "dtype": DTYPES,
+    "graded": st.booleans(), "sliced": st.booleans(), "bias": st.booleans(), "layout": LAYOUT, "seed": SEED,
+}  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(**MANY_SAMPLES)
+def test_linear_leaky_of_many_samples(**case):
+    test_linear_leaky_against_its_twin.hypothesis.inner_test(**case)
+
+
 @pytest.mark.parametrize("layout", ["rows", "transposed", "padded", "strided"])
 @pytest.mark.parametrize("neurons", [0, 1, 15, 16])
 def test_a_layer_without_inputs_gets_its_bias(layout, neurons):

@@ -280,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_leaky_backward
             delta = empty(weight, {steps * batch, neurons});
         }
         const bool need_walk = need_input || need_mem || need_beta || need_threshold;
-        const int64_t shares = SharedSums<T>::shares_for(inputs, neurons, steps, batch);
+        const int64_t shares = SharedSums<T>::shares_for(need_weight ? inputs : 0, neurons, steps, batch);
         const bool traces = (need_weight || need_bias) &&
                             over_active(a, input, inputs, beta.numel() == 1, weight_rule, need_walk && shares > 0);
         SharedSums<T> shared(traces ? 0 : shares, need_weight, need_bias, inputs, neurons);

@@ -216,15 +216,15 @@ class LifWalk {
     }
     LifWalk(const LifWalk&) = delete;
 
-    // The sums of the wanted weights, where all of them are small enough.
+    // The sums of the wanted weights, where all of them together are small enough.
     struct Shared {
         SharedSums<T> input, recurrent;
         explicit operator bool() const { return input || recurrent; }
     };
     Shared shared_sums(bool need_weight, bool need_bias, int64_t inputs) const {
         const bool need_recurrent = saved_.need(kRecurrent);
-        const int64_t most = std::max(inputs, need_recurrent ? a.neurons : 0);
-        const int64_t shares = SharedSums<T>::shares_for(most, a.neurons, a.steps, a.batch);
+        const int64_t together = (need_weight ? inputs : 0) + (need_recurrent ? a.neurons : 0);
+        const int64_t shares = SharedSums<T>::shares_for(together, a.neurons, a.steps, a.batch);
         return {SharedSums<T>(shares, need_weight, need_bias, inputs, a.neurons),
                 SharedSums<T>(shares, need_recurrent, false, a.neurons, a.neurons)};
     }

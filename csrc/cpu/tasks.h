@@ -102,10 +102,7 @@ class GroupSums {
 // One of `count` equal ranges.
 struct Share {
     int64_t index, count;
-    Span of(int64_t n) const {
-        const int64_t each = (n + count - 1) / count;
-        return {std::min(index * each, n), std::min((index + 1) * each, n)};
-    }
+    Span of(int64_t n) const { return {index * n / count, (index + 1) * n / count}; }
 };
 
 // Tasks of a weight gradient: blocks of columns, and ranges of inputs as far as there are threads to feed. Every sum
@@ -183,17 +180,19 @@ void for_shares(int64_t shares, int64_t groups, Run&& run) {
     });
 }
 
-// The sums of a weight gradient so small that several shares of the samples may have one each, [M, padded(N)]: they are
-// added up in the walk that other gradients need anyway. How many shares there are depends on sizes alone.
+// The sums of a weight gradient so small that several shares of the samples may have one each, [M, padded(N)], and one
+// walk serves them and whatever else is wanted. How many shares there are depends on sizes alone.
 template <typename T>
 class SharedSums {
   public:
-    // Shares for weights of up to this many inputs. 0 where sums of so few samples would be too large, or cost more
-    // than another walk over the rows.
+    // Shares for weights of this many inputs together. 0 where there would be few because their sums are large, or cost
+    // more than another walk over the rows.
     static int64_t shares_for(int64_t inputs, int64_t neurons, int64_t steps, int64_t batch) {
         constexpr int64_t most_entries = 1 << 18, fewest = 4;
-        int64_t shares = Tiling(batch, neurons, 1).groups;
-        while (shares * inputs * padded(neurons) > most_entries || shares * inputs > steps * batch) shares /= 2;
+        const int64_t group = Tiling::fixed_group(batch), groups = (batch + group - 1) / group;
+        const int64_t columns = std::max<int64_t>(inputs, 1), entries = columns * padded(neurons);
+        const int64_t shares =
+            std::min({groups, most_entries / std::max<int64_t>(entries, 1), steps * batch / columns});
         return shares < fewest ? 0 : shares;
     }
     SharedSums(int64_t shares, bool need_weight, bool need_bias, int64_t inputs, int64_t neurons)
@@ -217,6 +216,7 @@ class SharedSums {
         const int64_t entries = inputs_ * width_;
         T* const sum = weight_.get();
         parallel_for(0, entries, kWorthAThread, [&](int64_t begin, int64_t end) {
+            const NoDenormals guard;  // on every thread, whatever the caller has set for its own
             for (int64_t k = 1; k < shares_; ++k)
                 for (int64_t i = begin; i < end; ++i) sum[i] += sum[k * entries + i];
         });

@@ -170,7 +170,7 @@ def on_placeholders(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         total = None
         if sys.getrefcount(args[0]) <= _HELD_ONCE and len(args) == 2 and not kwargs:
             frame = sys._getframe(2)
-            rebinds = _is_plus_equals(frame) and not _is_borrowed(args[0], frame) and _is_whole(*args)
+            rebinds = _is_plus_equals(frame) and _is_whole(*args) and not _is_borrowed(args[0], frame)
             total = _running_sum(into, *args) if rebinds else None
         return NotImplemented if total is None else total
     if function is Tensor.__setitem__:
@@ -262,7 +262,7 @@ def _is_borrowed(total: Tensor, frame: FrameType) -> bool:
         return False
     caller = frame.f_back
     while caller is not None:
-        if any(value is total for value in caller.f_locals.values()):
+        if any(value is total for value in list(caller.f_locals.values())):  # other threads may add to a module's
             return True
         caller = caller.f_back
     return False
