@@ -372,11 +372,13 @@ def test_strided_arguments():
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize(("recurrent", "dense"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("rest", [{}, DISCRETE], ids=["", "discrete"])
-@pytest.mark.parametrize("neurons", [90, 500])  # sums of the weights in shares of the samples, and not
-def test_results_do_not_depend_on_threads(dtype, recurrent, dense, rest, neurons):
+@pytest.mark.parametrize(  # the weights' sums in shares of the samples or not, the columns in one walk or two
+    ("inputs", "neurons"), [(60, 100), (600, 100), (150, 330)]
+)
+def test_results_do_not_depend_on_threads(dtype, recurrent, dense, rest, inputs, neurons):
     if not _native.available():
         pytest.skip("torch's own matrix products, which the twins use, depend on threads")
-    steps, batch, inputs = 25, 64, 150
+    steps, batch = 25, 40
     x = make_events(steps * batch, inputs, 0.05, 1, dtype, graded=True)
     weight = normal((neurons, inputs), 2, dtype, 0.8)
     neuron = make_neuron(neurons, batch, dtype, recurrent, dense=dense, **rest)
