@@ -27,8 +27,8 @@ LeakyResult forward(LeakyForward<T>& a, const Tensor& like, const Tensor& beta, 
     check_state(mem, batch, neurons, "mem");
     a.mem = pointer<T>(mem, "mem");
     Tensor mem_last = empty(like, {batch, neurons});
-    Tensor mem_seq = keep_mem ? empty(like, {steps, batch, neurons}) : empty(like, {0});
-    Tensor p_last = a.keep_p ? empty(like, {batch, neurons}) : empty(like, {0});
+    Tensor mem_seq = empty_if(keep_mem, like, {steps, batch, neurons});
+    Tensor p_last = empty_if(a.keep_p, like, {batch, neurons});
     a.mem_last = output<T>(mem_last);
     a.mem_seq = keep_mem ? output<T>(mem_seq) : nullptr;
     a.p_last = a.keep_p ? output<T>(p_last) : nullptr;
@@ -167,7 +167,7 @@ NeuronGrads<T> walk_groups(const LeakyBackward<T>& a, const Tensor& like, RowsOu
     const Tiling tiling(a.batch, a.neurons, std::numeric_limits<int32_t>::max(), group);
     GroupSums<T> beta_sums(need_beta, tiling.groups, a.neurons),
         threshold_sums(need_threshold, tiling.groups, a.neurons);
-    Tensor grad_mem = empty(like, need_mem ? std::vector<int64_t>{a.batch, a.neurons} : std::vector<int64_t>{0});
+    Tensor grad_mem = empty_if(need_mem, like, {a.batch, a.neurons});
     for_shares(sums ? sums.shares() : tiling.groups, tiling.groups, [&](int64_t share, int64_t k) {
         const Outer<T> outers[] = {sums.outer(share, input)};
         RowsOut<T> here = to;
@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> leaky_backward(
         const auto threshold_padded = per_neuron<scalar_t>(threshold, neurons, scalar_t(0), "threshold");
         a.beta = beta_padded.data(), a.threshold = threshold_padded.data();
         Tensor delta = empty(beta, {steps, batch, neurons});
-        SharedSums<scalar_t> none(0, false, false, 0, neurons);
+        SharedSums<scalar_t> none;
         const auto grads = walk_groups<scalar_t>(a, beta, {.delta = output<scalar_t>(delta)}, {}, none, need_mem,
                                                  need_beta, need_threshold);
         return {delta, grads.mem, grads.beta, grads.threshold};
@@ -228,8 +228,8 @@ template <typename T>
 std::pair<Tensor, Tensor> weight_over_active(const LeakyBackward<T>& a, const Tensor& weight, const Events<T>& input,
                                              bool need_weight, bool need_bias) {
     const int64_t neurons = weight.size(0), inputs = weight.size(1);
-    Tensor grad_weight = empty_weight_grad(weight, need_weight, neurons, inputs);
-    Tensor grad_bias = empty(weight, {need_bias ? neurons : 0});
+    Tensor grad_weight = empty_if(need_weight, weight, {neurons, inputs});
+    Tensor grad_bias = empty_if(need_bias, weight, {neurons});
     const int64_t blocks = std::max<int64_t>(padded(inputs) / kPad, 1);
     parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
         const int64_t first = begin * kPad, last = std::min(end * kPad, inputs), width = padded(last - first);

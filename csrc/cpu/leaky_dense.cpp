@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> leaky_dense(const Tensor& given, const Tensor
     const int64_t steps = given.size(0), batch = given.size(1), neurons = given.size(2);
     check_state(mem, batch, neurons, "mem");
     Tensor x = empty(current, {steps, batch, neurons}), mem_last = empty(current, {batch, neurons});
-    Tensor mem_seq = empty(current, keep_mem ? std::vector<int64_t>{steps, batch, neurons} : std::vector<int64_t>{0});
+    Tensor mem_seq = empty_if(keep_mem, current, {steps, batch, neurons});
     SPARSE_BACKEND_DISPATCH(current, "leaky_dense", [&] {
         const auto beta_padded = per_neuron<scalar_t>(beta, neurons, scalar_t(0), "beta");
         const auto threshold_padded =
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> leaky_dense_backward(
     for (MaybeTensor* tensor : {&grad_x, &grad_mem_last, &grad_mem_seq, &x, &g, &mem_seq, &mem})
         *tensor = in_order(*tensor);
     Tensor delta = empty(beta, {steps, batch, neurons});
-    Tensor grad_mem = empty(beta, need_mem ? std::vector<int64_t>{batch, neurons} : std::vector<int64_t>{0});
+    Tensor grad_mem = empty_if(need_mem, beta, {batch, neurons});
     return SPARSE_BACKEND_DISPATCH(beta, "leaky_dense_backward", [&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
         using T = scalar_t;
         const auto beta_padded = per_neuron<T>(beta, neurons, T(0), "beta");

@@ -56,12 +56,12 @@ LifResult forward(LifForward<T>& a, const Tensor& like, const LifNeuron& neuron)
     a.reset = static_cast<int>(neuron.reset), a.discrete = neuron.discrete;
     a.b_th = static_cast<T>(neuron.b_th), a.dense = neuron.dense;
     const auto sequence = [&](bool wanted, T*& to) {
-        Tensor out = empty(like, wanted ? std::vector<int64_t>{steps, batch, neurons} : std::vector<int64_t>{0});
+        Tensor out = empty_if(wanted, like, {steps, batch, neurons});
         to = wanted ? output<T>(out) : nullptr;
         return out;
     };
     const Tensor v_last = empty(like, {batch, neurons});
-    const Tensor i_last = empty(like, synaptic ? std::vector<int64_t>{batch, neurons} : std::vector<int64_t>{0});
+    const Tensor i_last = empty_if(synaptic, like, {batch, neurons});
     a.v_last = output<T>(v_last), a.i_last = output<T>(i_last);
     const Tensor dense_x = sequence(neuron.dense, a.x), v_seq = sequence(neuron.keep_states, a.v_seq),
                  i_seq = sequence(neuron.keep_states && synaptic, a.i_seq),
@@ -228,9 +228,6 @@ class LifWalk {
         return {SharedSums<T>(shares, need_weight, need_bias, inputs, a.neurons),
                 SharedSums<T>(shares, need_recurrent, false, a.neurons, a.neurons)};
     }
-    static Shared nothing_shared() {
-        return {SharedSums<T>(0, false, false, 0, 0), SharedSums<T>(0, false, false, 0, 0)};
-    }
 
     // The walk over groups of samples with all columns: delta, what is in `to`, the sums `shared` with events of the
     // input, and the gradients of `needs` but the last.
@@ -246,9 +243,7 @@ class LifWalk {
         const auto sums_of = [&](Needs which) { return GroupSums<T>(saved_.need(which), tiling.groups, neurons); };
         GroupSums<T> sums[] = {sums_of(kMemGain), sums_of(kSynDecay), sums_of(kLeak), sums_of(kThreshold),
                                sums_of(kResetTo)};
-        const auto state = [&](Needs which) {
-            return empty(like, saved_.need(which) ? std::vector<int64_t>{batch, neurons} : std::vector<int64_t>{0});
-        };
+        const auto state = [&](Needs which) { return empty_if(saved_.need(which), like, {batch, neurons}); };
         std::vector<Tensor> grads{state(kV), state(kI)};
         T* const grad_v = saved_.need(kV) ? output<T>(grads[0]) : nullptr;
         T* const grad_i = saved_.need(kI) ? output<T>(grads[1]) : nullptr;
@@ -391,7 +386,7 @@ LifGrads lif_backward(MaybeTensor grad_x, MaybeTensor grad_v_last, MaybeTensor g
     return SPARSE_BACKEND_DISPATCH(mem_gain, "lif_backward", [&]() -> LifGrads {
         LifWalk<scalar_t> walk(saved);
         const Tensor delta = empty(mem_gain, {steps, batch, neurons});
-        auto none = LifWalk<scalar_t>::nothing_shared();
+        LifWalk<scalar_t>::Shared none;
         const auto grads = walk.walk_groups(delta, {}, {}, none);
         return {
             delta, grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6], walk.recurrent_grad(delta)};

@@ -84,7 +84,7 @@ class GroupSums {
         : wanted_(wanted), groups_(groups), width_(padded(neurons)), sums_(wanted ? groups * padded(neurons) : 0) {}
     T* of(int64_t group) { return wanted_ ? sums_.get() + group * width_ : nullptr; }
     Tensor total(const Tensor& like, int64_t neurons) {
-        Tensor out = empty(like, {wanted_ ? neurons : 0});
+        Tensor out = empty_if(wanted_, like, {neurons});
         for (int64_t j = 0; wanted_ && j < neurons; ++j) {
             T sum = T(0);
             for (int64_t k = 0; k < groups_; ++k) sum += sums_.get()[k * width_ + j];
@@ -123,10 +123,6 @@ void deliver(const T* from, int64_t inputs, int64_t stride, int64_t first, int64
     if (columns > 0) transpose<T>(from, inputs, columns, stride, 1, output<T>(grad) + first * inputs, inputs);
 }
 
-inline Tensor empty_weight_grad(const Tensor& like, bool needed, int64_t neurons, int64_t inputs) {
-    return empty(like, needed ? std::vector<int64_t>{neurons, inputs} : std::vector<int64_t>{0});
-}
-
 // The sums of a weight gradient, a row per input, [M, width] for each block of columns, and their delivery as [N, M].
 // Blocks lie apart: cores must not share neighbouring cache lines.
 template <typename T>
@@ -147,7 +143,7 @@ class WeightSums {
     // For the share that adds it up.
     T* bias(const Share& share) { return need_bias_ && share.index == 0 ? bias_.get() : nullptr; }
     Tensor weight_grad(const Tensor& like) {
-        Tensor out = empty_weight_grad(like, need_weight_, tiling_.neurons, inputs_);
+        Tensor out = empty_if(need_weight_, like, {tiling_.neurons, inputs_});
         for (int64_t k = 0; need_weight_ && k < tiling_.blocks; ++k) {
             const int64_t first = k * tiling_.width;
             deliver(weight(first) + first, inputs_, stride(), first, std::min(tiling_.width, tiling_.neurons - first),
@@ -156,7 +152,7 @@ class WeightSums {
         return out;
     }
     Tensor bias_grad(const Tensor& like) {
-        Tensor out = empty(like, {need_bias_ ? tiling_.neurons : 0});
+        Tensor out = empty_if(need_bias_, like, {tiling_.neurons});
         if (need_bias_ && tiling_.neurons > 0)
             std::memcpy(output<T>(out), bias_.get(), static_cast<size_t>(tiling_.neurons) * sizeof(T));
         return out;
@@ -204,6 +200,7 @@ class SharedSums {
           need_bias_(need_bias && shares > 0),
           weight_(need_weight_ ? shares * inputs_ * width_ : 0),
           bias_(need_bias_, shares, neurons) {}
+    SharedSums() : SharedSums(0, false, false, 0, 0) {}  // nothing is wanted
     explicit operator bool() const { return need_weight_ || need_bias_; }
     int64_t shares() const { return shares_; }
     Outer<T> outer(int64_t share, const Events<T>& events) {
@@ -211,7 +208,7 @@ class SharedSums {
     }
     T* bias(int64_t share) { return bias_.of(share); }
     Tensor weight_grad(const Tensor& like) {
-        Tensor out = empty_weight_grad(like, need_weight_, neurons_, inputs_);
+        Tensor out = empty_if(need_weight_, like, {neurons_, inputs_});
         if (!need_weight_) return out;
         const int64_t entries = inputs_ * width_;
         T* const sum = weight_.get();

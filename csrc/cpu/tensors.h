@@ -152,6 +152,10 @@ inline Tensor empty_ints(const Tensor& like, int64_t n) {
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) {
     return new_tensor(like, shape, like.scalar_type());
 }
+// What stands for a result that nobody asked for has no entries.
+inline Tensor empty_if(bool wanted, const Tensor& like, const std::vector<int64_t>& shape) {
+    return empty(like, wanted ? shape : std::vector<int64_t>{0});
+}
 
 // A current [T, B, N] as kernels take it: contiguous, or one step of it where an expanded tensor has it for all.
 struct Current {

@@ -46,8 +46,8 @@ LeakyResult forward(const Device& on, const Request& ask, CurrentOf&& current_of
     scan.reset = static_cast<int>(ask.reset), scan.reset_delay = ask.reset_delay;
 
     Tensor mem_last = on.make<T>({batch, neurons});
-    Tensor mem_seq = on.make<T>(ask.keep_mem ? std::vector<int64_t>{steps, batch, neurons} : std::vector<int64_t>{0});
-    Tensor p_last = on.make<T>(ask.keep_p ? std::vector<int64_t>{batch, neurons} : std::vector<int64_t>{0});
+    Tensor mem_seq = on.make_if<T>(ask.keep_mem, {steps, batch, neurons});
+    Tensor p_last = on.make_if<T>(ask.keep_p, {batch, neurons});
     const int64_t reset_steps = !ask.keep_reset ? 0 : ask.reset_delay ? std::min<int64_t>(steps, 1) : steps;
     const Counts list_rows{n_rows, n_rows, reset_steps * batch};
     if (entries == 0) {
@@ -372,8 +372,7 @@ std::tuple<Tensor, Tensor, Tensor> leaky_dense(const Tensor& given, const Tensor
     return SPARSE_BACKEND_DISPATCH(current, "leaky_dense", [&]() -> std::tuple<Tensor, Tensor, Tensor> {
         const Device on(current, "current");
         Tensor x = on.make<scalar_t>({steps, batch, neurons}), mem_last = on.make<scalar_t>({batch, neurons});
-        Tensor mem_seq =
-            on.make<scalar_t>(keep_mem ? std::vector<int64_t>{steps, batch, neurons} : std::vector<int64_t>{0});
+        Tensor mem_seq = on.make_if<scalar_t>(keep_mem, {steps, batch, neurons});
         DenseForwardScan<scalar_t> a{};
         a.steps = steps, a.batch = batch, a.neurons = neurons;
         a.current = on.read<scalar_t>(current, "current"), a.mem = on.read<scalar_t>(mem, "mem");
@@ -400,7 +399,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> leaky_dense_backward_op(
         const Device on(like, "grad_x");
         Tensor delta = on.make<T>({steps, batch, neurons});
         const auto per_sample = [&](bool wanted) { return on.make<T>({wanted ? batch : 0, neurons}); };
-        Tensor grad_mem = on.make<T>(need_mem ? std::vector<int64_t>{batch, neurons} : std::vector<int64_t>{0});
+        Tensor grad_mem = on.make_if<T>(need_mem, {batch, neurons});
         Tensor of_beta = per_sample(need_beta), of_threshold = per_sample(need_threshold);
         DenseBackwardScan<T> a{};
         a.steps = steps, a.batch = batch, a.neurons = neurons;

@@ -57,12 +57,8 @@ LifResult forward(const Device& on, int64_t steps, int64_t batch, int64_t neuron
                         "recurrent: expected [", neurons, ", ", neurons, "]");
         scan.recurrent = recurrent.emplace(on, *neuron.recurrent).of_sums();
     }
-    const auto sequence = [&](bool wanted) {
-        return on.make<T>(wanted ? std::vector<int64_t>{steps, batch, neurons} : std::vector<int64_t>{0});
-    };
-    const auto state = [&](bool wanted) {
-        return on.make<T>(wanted ? std::vector<int64_t>{batch, neurons} : std::vector<int64_t>{0});
-    };
+    const auto sequence = [&](bool wanted) { return on.make_if<T>(wanted, {steps, batch, neurons}); };
+    const auto state = [&](bool wanted) { return on.make_if<T>(wanted, {batch, neurons}); };
     const bool apart = synaptic ? neuron.discrete : is_recurrent;  // what i goes on with is not what is handed out
     const Tensor v_last = state(true), i_last = state(synaptic), i_scratch = state(apart);
     const Tensor dense_x = sequence(neuron.dense), v_seq = sequence(neuron.keep_states);

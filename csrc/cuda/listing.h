@@ -59,8 +59,7 @@ class Listing {
 
     Listing(const Device& on, int64_t steps, int64_t batch, int64_t neurons, const Counts& rows, bool wants_x,
             bool wants_p)
-        : row_ptr{on.ints({rows[0] > 0 ? rows[0] + 1 : 0}), on.ints({rows[1] > 0 ? rows[1] + 1 : 0}),
-                  on.ints({rows[2] > 0 ? rows[2] + 1 : 0})},
+        : row_ptr{row_ptr_for(on, rows[0]), row_ptr_for(on, rows[1]), row_ptr_for(on, rows[2])},
           indices{on.ints({0}), on.ints({0}), on.ints({0})},
           x(on.make<T>({0})),
           p(on.make<T>({0})),
@@ -158,15 +157,18 @@ class Listing {
     }
 
   private:
+    static Tensor row_ptr_for(const Device& on, int64_t n_rows) {
+        return on.make_if<int32_t>(n_rows > 0, {n_rows + 1});
+    }
     int64_t words_in_chunk() const { return chunk_ * batch_ * words_of(neurons_); }
     int64_t* carried(int list, int64_t chunk) const { return carried_ + list * (chunks_ + 1) + chunk; }
     Chunk chunk_of(int64_t c) const { return {c, c * chunk_, std::min(chunk_, steps_ - c * chunk_)}; }
 
     void make_room(const Counts& room) {
         room_ = room;
-        for (int i = 0; i < kLists; ++i) indices[i] = on_.ints({rows_[i] > 0 ? room[i] : 0});
-        x = on_.make<T>({rows_[kActive] > 0 ? room[kActive] : 0});
-        p = on_.make<T>({wants_p_ ? room[kActive] : 0});
+        for (int i = 0; i < kLists; ++i) indices[i] = on_.make_if<int32_t>(rows_[i] > 0, {room[i]});
+        x = on_.make_if<T>(rows_[kActive] > 0, {room[kActive]});
+        p = on_.make_if<T>(wants_p_, {room[kActive]});
     }
 
     struct Present {

@@ -94,6 +94,11 @@ class Device {
     Tensor make(const std::vector<int64_t>& shape) const {
         return make(shape, scalar_type<T>());
     }
+    // What stands for a result that nobody asked for has no entries.
+    template <typename T>
+    Tensor make_if(bool wanted, const std::vector<int64_t>& shape) const {
+        return make<T>(wanted ? shape : std::vector<int64_t>{0});
+    }
     template <typename T>
     Tensor zeros(const std::vector<int64_t>& shape) const {
         Tensor out = make<T>(shape);
