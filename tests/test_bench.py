@@ -625,9 +625,12 @@ def test_readme_has_a_table_for_each_framework():
         _result("norse-shd-auto", _NORSE_MS),
     ]
     leaky, norse = render.summary([_content("Here", *results)]).split("\n\nOne training step against stock Norse")
-    assert "| shd: 700-200-200-20, T 500 | 100 | – | – | 10.0× | – | 50.0 % |" in leaky
-    assert "MP2 - 10, T 50, batch 128 | 100 |" in leaky and "norse" not in leaky
-    assert "| norse-shd: 700-200-200-20, T 500 | 1000 | 100 | 100.0× / 10.0× | – | – | – | 50.0 % |" in norse
+    assert "| shd: 700-200-200-20, T 500 | drawn, 1 | 1.00 | 100 | – | – | 10.0× | – | 50.0 % |" in leaky
+    assert "MP2 - 10, T 50, batch 128 | drawn, 1 | 1.00 | 100 |" in leaky and "norse" not in leaky
+    assert (
+        "| norse-shd: 700-200-200-20, T 500 | drawn, 1 | 1.00 | 1000 | 100 | 100.0× / 10.0× | – | – | – | 50.0 % |"
+        in norse
+    )
     assert "T 500, b_th auto = 19 |" in norse
     assert "mended by `unbind`" in norse
     alone = render.summary([_content("Here", results[2])])

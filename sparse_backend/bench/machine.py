@@ -105,7 +105,8 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with + where tracked files differ from it; None outside a checkout."""
+    """The checkout's commit, with + where tracked files other than results and what is made of them differ from it;
+    None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -116,6 +117,8 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        results = (":!README.md", ":!docs/benchmarks", ":!docs/benchmarks.md")
+        changed = git("status", "--porcelain", "-uno", "--", str(root), *results)
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

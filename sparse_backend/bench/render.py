@@ -20,9 +20,10 @@ PEAK_HEADS = ("peak MB", "of stock")
 
 LEGEND = (
     "Times are medians of interleaved repeats in one process. Forward is with the loss; whole is a training step: "
-    "zero_grad, forward, loss, backward, SGD. forward, backward and whole with × are stock's median over this path's. "
+    "zero_grad, forward, loss, backward, SGD. Columns with × are speed-ups: stock's median time divided by this path's. "
     "events: input events per sample; spikes and active: % of all (t, b, j) of the hidden layers, after training. "
-    "kept: storages alive for the backward pass after the forward, without parameters and the caller's own tensors."
+    "kept: storages alive for the backward pass after the forward, without parameters and the caller's own tensors. "
+    "A + behind a commit: tracked files differed from it."
 )
 
 OF_GPU = (
@@ -467,16 +468,17 @@ def _leaky_table(results: Sequence[Mapping[str, Any]], where: str) -> str:
     lines = [
         "One training step against stock snnTorch, at b_th 0.2 and fast_sigmoid(slope=100) unless the case says "
         f"otherwise, batch {batch}. {where}. "
-        "*Sequence* is `sparse_backend.functional`, *your loop* the unmodified model after `enable`. All rows, and the "
-        "targets missed: [docs/benchmarks.md](docs/benchmarks.md).",
+        "*Sequence* is `sparse_backend.functional`, *your loop* the unmodified model after `enable`. "
+        f"{_OF_CONDITIONS} All rows, and the targets missed: [docs/benchmarks.md](docs/benchmarks.md).",
         "",
-        "| case | stock ms | " + " | ".join(columns.values()) + " | kept for backward |",
-        "| --- |" + " ---: |" * (len(columns) + 2),
+        f"| case | {_CONDITIONS} | stock ms | " + " | ".join(columns.values()) + " | kept for backward |",
+        "| --- | --- |" + " ---: |" * (len(columns) + 3),
     ]
     for result in results:
         rows = _timed(result)
         ratios = [f"{rows[path]['ratio']['whole']:.1f}×" if path in rows else "–" for path in columns]
-        lines.append(_line(_name(result, batch), _whole_ms(rows, "stock"), *ratios, _kept_share(rows, "loop")))
+        kept = _kept_share(rows, "loop")
+        lines.append(_line(_name(result, batch), *_conditions(result), _whole_ms(rows, "stock"), *ratios, kept))
     return "\n".join(lines)
 
 
@@ -489,19 +491,20 @@ def _norse_table(results: Sequence[Mapping[str, Any]], where: str) -> str:
     }
     batch = results[0]["case"]["batch"]
     lines = [
-        "One training step against stock Norse / against stock mended by `unbind`, without which its backward pass is "
-        "quadratic in T; at b_th 0.2 and SuperSpike(alpha=100) as Norse documents it unless the case says otherwise, "
+        "One training step against stock Norse / against stock Norse mended by `unbind`: unmended, its backward pass is "
+        "quadratic in T. At b_th 0.2 and SuperSpike(alpha=100) as Norse documents it unless the case says otherwise, "
         f"batch {batch}. {where}. *Enabled* is the unmodified `SequentialState` after `enable`, *cells in a "
         "loop* an unmodified loop over its steps.",
         "",
-        "| case | stock ms | mended ms | " + " | ".join(columns.values()) + " | kept for backward |",
-        "| --- |" + " ---: |" * (len(columns) + 3),
+        f"| case | {_CONDITIONS} | stock ms | mended ms | " + " | ".join(columns.values()) + " | kept for backward |",
+        "| --- | --- |" + " ---: |" * (len(columns) + 4),
     ]
     for result in results:
         rows = _timed(result)
         ratios = [_both_ratios(rows, path) for path in columns]
         times = _whole_ms(rows, "stock"), _whole_ms(rows, "stock-mended")
-        lines.append(_line(_name(result, batch), *times, *ratios, _kept_share(rows, "enabled")))
+        kept = _kept_share(rows, "enabled")
+        lines.append(_line(_name(result, batch), *_conditions(result), *times, *ratios, kept))
     return "\n".join(lines)
 
 
@@ -518,10 +521,12 @@ def _gpu_table(results: Sequence[Mapping[str, Any]], where: str) -> str:
     lines = [
         "One training step on a GPU against stock snnTorch / against a fused dense time loop, a graph against that "
         "loop's graph, at b_th 0.2 and "
-        f"fast_sigmoid(slope=100), batch {batch} unless the case says otherwise. {where}.{stock}",
+        f"fast_sigmoid(slope=100), batch {batch} unless the case says otherwise. {where}. {_OF_CONDITIONS}{stock}",
         "",
-        "| case | stock ms | fused ms | " + " | ".join(columns.values()) + " | kept for backward | peak |",
-        "| --- |" + " ---: |" * (len(columns) + 4),
+        f"| case | {_CONDITIONS} | stock ms | fused ms | "
+        + " | ".join(columns.values())
+        + " | kept for backward | peak |",
+        "| --- | --- |" + " ---: |" * (len(columns) + 5),
     ]
     for result in results:
         rows = _timed(result)
@@ -530,7 +535,7 @@ def _gpu_table(results: Sequence[Mapping[str, Any]], where: str) -> str:
         times = _whole_ms(rows, "stock"), _whole_ms(rows, "fused-dense", 2)
         peak = rows.get("sequence", {}).get("peak_share")
         shares = _kept_share(rows, "sequence"), "–" if peak is None else f"{100 * peak:.1f} %"
-        lines.append(_line(_name(result, batch), *times, *ratios, *shares))
+        lines.append(_line(_name(result, batch), *_conditions(result), *times, *ratios, *shares))
     return "\n".join(lines)
 
 
@@ -555,6 +560,19 @@ def _name(result: Mapping[str, Any], batch: int) -> str:
     if case["b_th"] == "auto":
         parts.append(_b_th(result))
     return ", ".join(parts)
+
+
+_CONDITIONS = "input, events a sample | active %"
+_OF_CONDITIONS = (
+    "*Active* is the share of the hidden layers' entries within b_th of the threshold after the case's short training; "
+    "the more are active, the less there is to gain. *Drawn* input has the size and the number of events of the data "
+    "set that the case is named after, not its images or sounds."
+)
+
+
+def _conditions(result: Mapping[str, Any]) -> tuple[str, str]:
+    """What decides a case's speed: its input, and how much of its hidden layers is active."""
+    return f"{result['input']}, {result['input_events']:.0f}", _percent(result["active_pct"])
 
 
 def _whole_ms(rows: Mapping[str, Any], path: str, digits: int = 0) -> str:

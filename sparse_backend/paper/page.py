@@ -431,9 +431,9 @@ def _recommended(groups: Sequence[SweepGroup]) -> list[str]:
     ]
     if good:
         text.append(
-            f"**What we recommend** by these runs: begin with `b_th={good[0]:g}`, the least that loses at most one "
-            "point with every surrogate tried, and widen the band if `check` or your accuracy says so. With a steep "
-            'surrogate "auto" is about the same; with a broad one it is the safe choice and a slow one.\n'
+            f'**What we recommend** by these runs: with a steep surrogate keep "auto"; where "auto" is dense, begin '
+            f"with `b_th={good[0]:g}`, the least that loses at most one point with every surrogate tried, and widen the "
+            "band if `check` or your accuracy says so.\n"
         )
     return text
 

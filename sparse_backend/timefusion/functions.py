@@ -59,7 +59,11 @@ _SAMPLEWISE = {
     F.max_pool1d: 3, F.max_pool2d: 4, F.max_pool3d: 5, torch.max_pool1d: 3, torch.max_pool2d: 4, torch.max_pool3d: 5,
     F.avg_pool1d: 3, F.avg_pool2d: 4, F.avg_pool3d: 5, torch.avg_pool1d: 3,
     F.adaptive_avg_pool1d: 3, F.adaptive_avg_pool2d: 4, F.adaptive_max_pool1d: 3, F.adaptive_max_pool2d: 4,
+    F.group_norm: 0, torch.group_norm: 0,
 }  # fmt: skip
+
+#: the same where the dimensions they normalise over, their second argument, are fewer than all
+_OVER_LAST_DIMS = {F.layer_norm, torch.layer_norm}
 
 #: those of them whose cost is memory: no more steps at once than stay in cache
 _IN_CHUNKS = {function for function, dims in _SAMPLEWISE.items() if dims}
@@ -76,8 +80,7 @@ _STEPWISE = {
     Tensor.amin, torch.argmax, Tensor.argmax, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm,
     torch.bmm, Tensor.bmm, torch.einsum, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute, Tensor.t,
     Tensor.detach, Tensor.clone, torch.clone, Tensor.contiguous, Tensor.__getitem__, F.pad, F.interpolate,
-    F.normalize, F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm, torch.zeros_like, torch.ones_like,
-    torch.detach,
+    F.normalize, torch.zeros_like, torch.ones_like, torch.detach,
     F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
     torch.stack, torch.max, Tensor.max, torch.min, Tensor.min, torch.prod, Tensor.prod, torch.cumsum, Tensor.cumsum,
     torch.any, Tensor.any, torch.all, Tensor.all, torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.mv,
@@ -125,7 +128,7 @@ _VIEWS = {
     *_TRANSPOSES,
 }  # fmt: skip
 
-_PURE = {*_ELEMENTWISE, *_RESHAPES, *_SAMPLEWISE, *_STEPWISE}
+_PURE = {*_ELEMENTWISE, *_RESHAPES, *_SAMPLEWISE, *_OVER_LAST_DIMS, *_STEPWISE}
 _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
 #: writes to their first argument: the pure function whose result it then holds
@@ -439,6 +442,9 @@ def _record(
                 values = (convolution.as_events(values[0], fixed), *values[1:])
             return _apply(function, frame, names, values, fixed)
 
+        if function in _OVER_LAST_DIMS:
+            over = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+            samplewise = 0 if len(over) < len(first.shape) else None
         folded = None if writes else _folded(function, call, first.shape, known, samplewise)
         reads = [t for t in fixed if not _is_one_of(t, writes)]
         into.sites[key] = site = FunctionSite(into, call, folded, reads, of_events=function in _OF_EVENTS)
