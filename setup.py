@@ -16,7 +16,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CSRC_PATTERNS = [f"**/*{suffix}" for suffix in (".cpp", ".h", ".hpp", ".inl", ".cu", ".cuh")]
+CSRC_PATTERNS = [f"**/*{suffix}" for suffix in (".cpp", ".h", ".cu", ".cuh")]
 
 
 def load_build_module():

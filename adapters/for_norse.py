@@ -18,14 +18,14 @@ from norse.torch.module.lift import Lift
 from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 
 from sparse_backend import autocasting, tensorlike
-from sparse_backend.enabling import STATE, LayerState
+from sparse_backend.layer_state import STATE, LayerState, NoState
+from sparse_backend.layers import is_surrounded, own_forward
 from sparse_backend.timefusion import recorder
 
 from .for_norse_call import prepare
 from .for_norse_fused import record
 from .for_norse_lift import lift_forward, patched_lift_forward
 from .for_norse_plan import KINDS, Threshold, threshold_of
-from .shared import NoState, is_surrounded, own_forward
 
 _NEURONS = (SNNCell, SNN, SNNRecurrentCell, SNNRecurrent, LILinearCell, CobaLIFCell, LIFCorrelation)
 
@@ -106,7 +106,7 @@ def _forward(module: Any, layer: Any, input_: Any, state: Any) -> Any:
 
 
 def _framework(module: Any, layer: LayerState, reason: str, input_: Any, state: Any, *, in_time: bool = False) -> Any:
-    layer.path, layer.reason = "framework", reason
+    layer.tally.path, layer.tally.reason = "framework", reason
     layer.tally.framework_steps += len(input_) if in_time and getattr(input_, "shape", None) else 1
     return own_forward(module)(module, *tensorlike.dense((input_, state)))
 

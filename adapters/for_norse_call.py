@@ -14,14 +14,15 @@ from torch.nn import Parameter
 
 from sparse_backend import autocasting, policy
 from sparse_backend.deferred import DeferredCurrent, WeightCache, is_finite, unusual
-from sparse_backend.enabling import LayerState
 from sparse_backend.events import EventTensor
 from sparse_backend.execute_lif import LIFResult, LIResult, run_li, run_lif
+from sparse_backend.layer_state import LayerState
+from sparse_backend.layers import LinearState, linear
 from sparse_backend.tensorlike import TensorLike, dense_of
 from sparse_backend.timefusion.recorder import Placeholder
 
 from .for_norse_plan import KINDS, Kind, Plan, make_plan, parts_of
-from .shared import LinearState, check_weight, count, goes_dense, linear, of_all_steps
+from .shared import check_weight, count, goes_dense, of_all_steps
 
 _unsafe_view = torch.ops.aten._unsafe_view
 
@@ -278,7 +279,7 @@ def _last(spikes: Any, shape: torch.Size) -> Any:
 
 def _count_readout(layer: LayerState, result: LIResult, sizes: tuple[int, int, int], plan: Plan, in_time: bool) -> None:
     tally, entries = layer.tally, math.prod(sizes)
-    layer.path, layer.reason = f"dense {'sequence' if in_time else 'step'}", "a readout has no spikes"
+    layer.tally.path, layer.tally.reason = f"dense {'sequence' if in_time else 'step'}", "a readout has no spikes"
     tally.dense_steps += sizes[0]
     tally.at_once = max(tally.at_once, sizes[0])
     tally.entries += entries

@@ -11,8 +11,9 @@ from torch import Tensor
 from sparse_backend import autocasting, surrogate
 from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent
-from sparse_backend.enabling import LayerState
 from sparse_backend.execute_lif import LIResult
+from sparse_backend.layer_state import LayerState
+from sparse_backend.layers import record_linear
 from sparse_backend.tensorlike import TensorLike, dense_of, learns_of
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite
@@ -28,7 +29,7 @@ from .for_norse_call import (
     why_not_recurrent,
 )
 from .for_norse_plan import Kind, Plan, make_plan, parts_of
-from .shared import limit_steps, record_linear
+from .shared import limit_steps
 
 
 def record(into: Recording, module: Any, layer: LayerState, kind: Kind, input_: Any, state: Any) -> Any:
@@ -55,7 +56,7 @@ def record(into: Recording, module: Any, layer: LayerState, kind: Kind, input_: 
         if recorded is None:
             return None
         outputs = recorded
-    return outputs[0], kind.state(*outputs) if len(outputs) == len(kind.state._fields) else kind.state(*outputs[1:])  # type: ignore[attr-defined]
+    return outputs[0], kind.state(*outputs) if len(outputs) == len(kind.state._fields) else kind.state(*outputs[1:])
 
 
 def _record_first(
@@ -121,7 +122,7 @@ def _record_first(
 def _outputs(kind: Kind, plan: Plan, site: Any, current: Any, states: list[Any]) -> Any:
     """Shape, dtype and whether gradients flow, of what one call gives: its output, and states that are not it."""
     recording = torch.is_grad_enabled()
-    by_name = dict(zip(kind.state._fields, states, strict=True))  # type: ignore[attr-defined]
+    by_name = dict(zip(kind.state._fields, states, strict=True))
     current_learns = recording and (
         learns_of(current) or (kind.synaptic and learns_of(by_name["i"])) or site.syn_learns
     )
@@ -148,7 +149,7 @@ class CellSite(NeuronSite):
             functools.partial(_sequence, layer, kind, plan, recurrent),
             parts if recurrent is None else [*parts, recurrent],
         )
-        n_states = len(kind.state._fields)  # type: ignore[attr-defined]
+        n_states = len(kind.state._fields)
         self.state_slots = tuple(range(_n_outputs(kind) - n_states, _n_outputs(kind)))
         self.plan = plan  # keeps its id from being used again
         self._p, self._dt, self._activation, self._recurrent = module.p, module.dt, plan.parts.step, recurrent
@@ -176,7 +177,7 @@ class CellSite(NeuronSite):
 
 
 def _call(kind: Kind, plan: Plan, recurrent: Tensor | None, current: Any, steps: int | None, starts: Any) -> Call:
-    fields: tuple[str, ...] = kind.state._fields  # type: ignore[attr-defined]
+    fields: tuple[str, ...] = kind.state._fields
     states = {name: x if name == "z" else dense_of(x) for name, x in zip(fields, starts, strict=True)}
     return Call(kind, plan, current, steps, states["v"], states.get("i"), states.get("z"), recurrent, True)
 

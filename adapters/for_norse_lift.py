@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from sparse_backend import enabling
 from sparse_backend.convolution import DeferredConvolution, as_events
 from sparse_backend.deferred import unusual
+from sparse_backend.enabling import state_of
 from sparse_backend.events import EventTensor
+from sparse_backend.layer_state import STATE
+from sparse_backend.layers import own_forward
 from sparse_backend.tensorlike import TensorLike
 from sparse_backend.timefusion.recorder import Placeholder, paused
 
 from .for_norse_call import begins_as_norse, prepare
 from .for_norse_plan import KINDS
-from .shared import own_forward
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [vars(torch_module)[f"_global{name}"] for name in _HOOKS]
@@ -67,14 +68,14 @@ def _at_once(module: Any, inner: Any, sequence: Any, state: Any) -> Any:
     """The lifted module over all steps in one call; None where it has to be called step by step."""
     if any(getattr(inner, name) for name in _HOOKS) or any(_GLOBAL_HOOKS):
         return None
-    if "forward" in inner.__dict__ and enabling.STATE not in inner.__dict__:
+    if "forward" in inner.__dict__ and STATE not in inner.__dict__:
         return None
     if type(inner) is nn.Linear:
         return inner(sequence)
     if type(inner) in _OF_IMAGES:
         return _of_images(inner, sequence)
     kind = KINDS.get(type(inner))
-    layer = enabling.state_of(inner)
+    layer = state_of(inner)
     if kind is None or kind.in_time or layer is None or not module.is_stateful:
         return None
     if state is None and not begins_as_norse(inner):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparse_backend import policy, surrogate
 from sparse_backend.dynamics import LI, LIF, LIF_RESETS
-from sparse_backend.enabling import LayerState
+from sparse_backend.layer_state import LayerState
 
 _FLOATS = (torch.float32, torch.float64)
 _RESETS = {reset_functions.reset_value: "value", reset_functions.reset_subtract: "subtract"}
@@ -32,7 +32,7 @@ class Kind(NamedTuple):
 
     step: Callable[..., Any]  #: Norse's own function for one step, which the engine stands in for
     home: ModuleType  #: where it is defined: its `threshold` is what decides and what has a derivative
-    state: type  #: the NamedTuple of its state
+    state: Any  #: the NamedTuple of its state
     in_time: bool = False  #: whether the first dimension of its input is time
     weighted: bool = False  #: whether it multiplies its input by weights of its own
     recurrent: bool = False
@@ -52,7 +52,7 @@ class Kind(NamedTuple):
     @property
     def synaptic(self) -> bool:
         """Whether there is a synaptic current."""
-        return "i" in self.state._fields  # type: ignore[attr-defined]
+        return "i" in self.state._fields
 
 
 _LIF = Kind(lif_functions.lif_feed_forward_step, lif_functions, lif_functions.LIFFeedForwardState)

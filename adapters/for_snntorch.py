@@ -20,9 +20,10 @@ from torch.nn import Parameter
 
 from sparse_backend import autocasting, dynamics, policy, surrogate
 from sparse_backend.deferred import DeferredCurrent, unusual
-from sparse_backend.enabling import STATE, LayerState
 from sparse_backend.execute import can_trace, run_leaky, run_leaky_traced
 from sparse_backend.execute_lif import run_lif_traced
+from sparse_backend.layer_state import STATE, LayerState
+from sparse_backend.layers import is_surrounded, own_forward
 from sparse_backend.tensorlike import dense_of, under_saved_tensor_hooks
 from sparse_backend.timefusion import recorder
 
@@ -40,7 +41,7 @@ from .for_snntorch_plan import (
 )
 from .for_snntorch_synaptic import call_now
 from .for_snntorch_synaptic_fused import record as record_synaptic
-from .shared import check_weight, count, goes_dense, is_surrounded, own_forward, run_own_forward, taken
+from .shared import check_weight, count, goes_dense, run_own_forward, taken
 
 __all__ = [
     "CONTAINERS",
@@ -140,7 +141,8 @@ def forward_with_states(module: Any, input_: Any, *args: Any, **kwargs: Any) -> 
         return _compiled_synaptic(module, kind, input_, given)
     state = module.__dict__[STATE]
     if autocasting.is_on():
-        input_, *given = _wide(module, kind.states, input_, *given)
+        input_, *wide = _wide(module, kind.states, input_, *given)
+        given = tuple(wide)
     into = recorder.enclosing()
     if into is not None:
         waits = into.accepts() and not is_surrounded(module)
@@ -157,7 +159,8 @@ def _patched_synaptic(state_for: Any, module: Any, input_: Any, *args: Any, **kw
     if torch.compiler.is_compiling() or given is None:
         return own_forward(module)(module, input_, *args, **kwargs)
     if autocasting.is_on():
-        input_, *given = _wide(module, kind.states, input_, *given)
+        input_, *wide = _wide(module, kind.states, input_, *given)
+        given = tuple(wide)
     return call_now(module, kind, state_for(module), input_, given)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from sparse_backend import policy, surrogate
 from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent, unusual
-from sparse_backend.enabling import LayerState
 from sparse_backend.execute import run_leaky
+from sparse_backend.layer_state import LayerState
 from sparse_backend.tensorlike import dense_of, learns_of, under_saved_tensor_hooks
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from sparse_backend import dynamics, policy, surrogate
-from sparse_backend.enabling import LayerState
+from sparse_backend.layer_state import LayerState
 
 FLOATS = (torch.float32, torch.float64)
 RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}  # a neuron's state functions
@@ -246,10 +246,15 @@ def same_objects(own: Any, buffers: Any, parameters: Any, modules: Any, parts: P
     """Whether a module is made of the parts a plan knows, looked up fast. What is written into them is seen by their
     versions, when recorded calls run."""
     beta, threshold, graded, function = parts.beta, parts.threshold, parts.graded, own["state_function"]
-    return (
-        (buffers.get("beta") is beta or parameters.get("beta") is beta)
-        and (buffers.get("threshold") is threshold or parameters.get("threshold") is threshold)
-        and (buffers.get("graded_spikes_factor") is graded or parameters.get("graded_spikes_factor") is graded)
+    factor = "graded_spikes_factor"
+    return (  # a replica's are its own attributes
+        (buffers.get("beta") is beta or parameters.get("beta") is beta or own.get("beta") is beta)
+        and (
+            buffers.get("threshold") is threshold
+            or parameters.get("threshold") is threshold
+            or own.get("threshold") is threshold
+        )
+        and (buffers.get(factor) is graded or parameters.get(factor) is graded or own.get(factor) is graded)
         and buffers.get("reset_mechanism_val") is parts.reset_number
         and (own["spike_grad"] if "spike_grad" in own else modules.get("spike_grad")) is parts.spike_grad
         and getattr(function, "__func__", function) is parts.state_function

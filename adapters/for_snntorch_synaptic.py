@@ -14,8 +14,8 @@ from torch.nn import Parameter
 
 from sparse_backend import autocasting, policy
 from sparse_backend.deferred import DeferredCurrent, WeightHub, unusual
-from sparse_backend.enabling import LayerState
 from sparse_backend.execute_lif import LIFResult, run_lif
+from sparse_backend.layer_state import LayerState
 from sparse_backend.tensorlike import dense_of, learns_of, under_saved_tensor_hooks
 
 from .for_snntorch_plan import (
@@ -66,6 +66,7 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
         return run_own_forward(module, state, reason, input_, *given)
 
     if kind.recurrent and type(parts.recurrent) in ONE_TO_ONE and spk.shape == shape:
+        assert parts.weight is not None
         product = torch.promote_types(spk.dtype, parts.weight.dtype)
         if product is not dtype:
             return run_own_forward(module, state, f"its spk times V is {product}, its current {dtype}", input_, *given)
@@ -74,8 +75,8 @@ def call_now(module: Any, kind: Kind, state: LayerState, input_: Any, given: tup
     if kind.recurrent and spk.shape != shape:
         spk = None
     result = run_step(state, kind, plan, input_, {**states, "spk": spk})
-    if state.reason is None:
-        state.reason = plan.why_in_steps
+    if state.tally.reason is None:
+        state.tally.reason = plan.why_in_steps
     after = {"spk": result.spikes, "mem": shaped(result.v_last, shape)}
     if kind.synaptic:
         after["syn"] = shaped(result.i_last, shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_backend import autocasting, policy, surrogate
 from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent, is_finite, unusual
-from sparse_backend.enabling import LayerState
+from sparse_backend.layer_state import LayerState
 from sparse_backend.tensorlike import TensorLike, dense_of, learns_of, under_saved_tensor_hooks
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite
@@ -151,7 +151,7 @@ def _step(kind: Kind, state: LayerState, plan: SynapticPlan, current: Any, *star
     current = taken(state, current)
     result = run_step(state, kind, plan, current, _before(kind, plan, current, starts))
     last = {"mem": result.v_last, "syn": result.i_last}
-    return [result.spikes, *(shaped(last[name], plan.shape) for name in kind.outputs[1:])]  # type: ignore[arg-type]
+    return [result.spikes, *(shaped(last[name], plan.shape) for name in kind.outputs[1:])]
 
 
 def _sequence(
@@ -170,7 +170,7 @@ def _sequence(
     last = {"mem": result.v_last, "syn": result.i_last}
     names, whole = kind.outputs[1:], (steps, *shape)
     kept = [None if sequences[name] is None else sequences[name].view(whole) for name in names]  # type: ignore[union-attr]
-    return [result.spikes, *kept], [None, *(shaped(last[name], shape) for name in names)]  # type: ignore[arg-type]
+    return [result.spikes, *kept], [None, *(shaped(last[name], shape) for name in names)]
 
 
 def _before(kind: Kind, plan: SynapticPlan, current: Any, starts: Any) -> dict[str, Any]:

@@ -17,7 +17,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "attrs_inline"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.not_readable"]  # benchmarks.md exists once the bench has run; toc.not_included finds typos
 
 html_theme = "furo"
 html_title = f"sparse_backend {__version__}"

@@ -174,4 +174,4 @@ def given_current(current: Any) -> Tensor:
     current = widened(current.to_dense() if type(current) is EventTensor else current.contiguous())
     if current.dtype not in _FLOATS:
         raise TypeError(f"current: expected float32 or float64, got {current.dtype}")
-    return current  # type: ignore[no-any-return]
+    return current

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_backend import enabling
+from sparse_backend.layer_state import STATE
 from sparse_backend.reporting import html_table, table
 from sparse_backend.tensorlike import dense_of
 
 #: what nn.Module keeps for itself, and what enabling adds
-_INTERNAL = frozenset(nn.Module().__dict__) | {enabling.STATE}
+_INTERNAL = frozenset(nn.Module().__dict__) | {STATE}
 
 
 @dataclass
@@ -129,7 +130,7 @@ def _untouched(net: nn.Module) -> Iterator[None]:
     parameters = [(parameter, parameter._version, parameter.detach().clone()) for parameter in net.parameters()]
     states = [state for module in net.modules() if hasattr(state := enabling.state_of(module), "__dict__")]
     own = [(state, dict(state.__dict__)) for state in states]
-    tallies = [(state.tally, enabling.Tally()) for state in states if state.tally is not None]
+    tallies = [(state.tally, type(state.tally)()) for state in states if state.tally is not None]
     for tally, saved in tallies:
         saved.copy_from(tally)
     copies: dict[int, Tensor] = {}

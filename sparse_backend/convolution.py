@@ -41,7 +41,7 @@ class DeferredConvolution(TensorLike):
         self._learns = torch.is_grad_enabled()
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return self.hub.given.device
 
     @property
@@ -68,7 +68,7 @@ class DeferredConvolution(TensorLike):
             shape = torch.Size((events.rows, *events.shape[-3:]))
             images = events.reshaped(shape).to_dense()  # as they were when it was called
             return self.geometry.convolve(images, hub.weight, hub.bias).flatten(1)
-        return call_event_conv(  # type: ignore[no-any-return]
+        return call_event_conv(
             events.row_ptr, events.indices, events.values, events.handle, events.active_ptr, events.active_indices,
             hub.weight, hub.bias, *self.geometry, self.learns,
         )[0]  # fmt: skip

@@ -239,7 +239,7 @@ class DeferredCurrent(TensorLike):
         return torch.nn.functional.linear(self.events.to_dense(), self.hub.weight, self.hub.bias).to(self.dtype)
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return self.hub.given.device
 
     @property

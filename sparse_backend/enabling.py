@@ -1,8 +1,8 @@
 """Turning sparse gradients on and off in models people already have.
 
 An enabled module keeps its class, parameters, buffers and state_dict. It gains three entries in its instance's
-`__dict__`: `forward`, bound to it; `_replicate_for_data_parallel`, so that replicas run their own; and the private
-state below. Deleting them is all `disable` does.
+`__dict__`: `forward`, bound to it; `_replicate_for_data_parallel`, so that replicas run their own; and its private
+state (`layer_state.py`). Deleting them is all `disable` does.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_backend import _native, policy, surrogate
+from sparse_backend.layer_state import STATE, LayerState, NoState, check_module
+from sparse_backend.layers import InputState, LinearState, batch_norm_forward, convolution_forward, linear_forward
 from sparse_backend.timefusion.forward import FusionState, fused_forward
 
 #: root package of a framework's classes -> its adapter
@@ -29,92 +31,7 @@ _ADAPTERS = {"snntorch": "for_snntorch", "norse": "for_norse"}
 
 _BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 
-STATE = "_sparse_backend"
 _OVERRIDES = ("forward", "_replicate_for_data_parallel", STATE)
-
-
-class Tally:
-    """What a layer has done, for `report`. Entries are samples times neurons, summed over steps."""
-
-    __slots__ = (
-        "active", "at_once", "counted", "dense_kept", "dense_steps", "entries", "framework_steps", "kept",
-        "sparse_steps", "spikes",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.sparse_steps = self.dense_steps = self.framework_steps = self.entries = 0
-        #: out of the `counted` entries; the dense regime looks at some, and on a GPU leaves the numbers there
-        self.active: int | Tensor = 0
-        self.spikes: int | Tensor = 0
-        self.counted = 0
-        self.kept = self.dense_kept = 0  #: bytes
-        self.at_once = 0  #: most steps that ran as one sequence
-
-    def add(self, active: int | Tensor, spikes: int | Tensor, counted: int) -> None:
-        """So many of `counted` entries, as numbers or as tensors that nobody waits for."""
-        self.active, self.spikes = _sum(self.active, active), _sum(self.spikes, spikes)
-        self.counted += counted
-
-    def copy_from(self, other: Tally) -> None:
-        for name in self.__slots__:
-            setattr(self, name, getattr(other, name))
-
-
-def _sum(total: int | Tensor, more: int | Tensor) -> int | Tensor:
-    if isinstance(total, Tensor) and isinstance(more, Tensor) and total.device != more.device:
-        total = int(total)
-    return total + more
-
-
-class LayerState:
-    """The state of one neuron layer; `plan` is its adapter's, rebuilt whenever what it was made from changes."""
-
-    DENSE_STEPS_FIRST, DENSE_STEPS_MOST = 8, 256
-    #: of dense steps one in so many is counted: a prime, so that it is not the same one of every sequence
-    COUNT_DENSE_EVERY = 31
-    #: of a dense sequence so many entries are counted: those of some samples, at all steps
-    COUNT_DENSE_MOST = 1 << 20
-
-    def __init__(self, name: str, b_th: policy.BTh, tally: Tally | None = None) -> None:
-        self.name, self.b_th = name, b_th
-        self.tally = tally or Tally()
-        self.path = "not called yet"
-        self.reason: str | None = None
-        self.plan: Any = None
-        self.weights: Any = None  #: WeightCache of a linear layer that has none itself
-        self.site: Any = None  #: of the layer's last call in the forward that records now
-        self.last_mem: Any = None  #: weak reference to the membrane handed out last
-        self.begins = True  #: a sequence has begun, and no step of it has yet looked whether weights were written to
-        self.dense_for = 0  #: steps still to be run densely because activity was high
-        self.dense_because: str | None = None  #: what was seen, where it was not too many active entries
-        self.dense_next = self.DENSE_STEPS_FIRST
-        # What torch.compile may not find out while it traces: see the adapter's `prepare_to_trace`.
-        self.traced_for: Any = None
-        self.traced_b_th = 0.0
-        self.traced_reset = ""
-        self.traced_graded = False
-
-    def go_dense(self, because: str | None = None) -> None:
-        """A step was too active to be kept as events: run the next ones densely, more of them each time."""
-        self.dense_because = because
-        self.dense_for = self.dense_next
-        self.dense_next = min(2 * self.dense_next, self.DENSE_STEPS_MOST)
-
-    def fresh(self, tally: Tally | None = None) -> LayerState:
-        """A state for another module with the same choices."""
-        other = type(self)(self.name, self.b_th, tally)
-        other.traced_for, other.traced_b_th = self.traced_for, self.traced_b_th
-        other.traced_reset, other.traced_graded = self.traced_reset, self.traced_graded
-        return other
-
-    def __deepcopy__(self, memo: Any) -> LayerState:
-        return self.fresh()
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.name, self.b_th)
 
 
 def _adapter_of(module: nn.Module) -> Any:
@@ -124,6 +41,11 @@ def _adapter_of(module: nn.Module) -> Any:
         if root in _ADAPTERS:
             return _load_adapter(root)
     return None
+
+
+def _check_framework(framework: str) -> None:
+    if framework not in _ADAPTERS:
+        raise ValueError(f"framework: expected one of {', '.join(map(repr, _ADAPTERS))}, got {framework!r}")
 
 
 def _load_adapter(framework: str) -> Any:
@@ -142,7 +64,7 @@ def why_not(module: nn.Module, adapter: Any) -> str | None:
     """Why `enable` leaves a neuron alone; None where it does not."""
     if STATE not in module.__dict__ and _is_replaced(module):
         return "its forward was replaced on the instance before enable, and may do anything"
-    return adapter.why_not(module)  # type: ignore[no-any-return]
+    return adapter.why_not(module)
 
 
 def _is_replaced(module: nn.Module) -> bool:
@@ -175,10 +97,11 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
     fuse_time: run the time loop inside the forward of `net`, or of a module in it, layer by layer, as sequences, with
     the results of the step order (docs/time-fusion.md); False runs every step when it is called.
 
-    Raises ValueError for a wrong b_th or an unknown name, before anything is changed.
+    Raises TypeError for a net that is no module, ValueError for a wrong b_th or an unknown name, before anything is
+    changed. Warns (UserWarning) where nothing can be accelerated, and of surrogates whose automatic band is too broad.
+    Source: Perez-Nieves & Goodman, NeurIPS 2021, section 3; the equations are those of docs/design.md.
     """
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
+    check_module(net)
     found = list(neurons(net))
     layers = [(name, module, adapter) for name, module, adapter in found if why_not(module, adapter) is None]
     chosen = _b_th_per_layer(b_th, [name for name, module, adapter in layers if adapter.has_spikes(module)])
@@ -207,15 +130,14 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
             _override(module, _fused, FusionState())
         elif not fuse_time and type(fusion) is FusionState:
             _restore(module)
-    shared = importlib.import_module("sparse_backend.adapters.shared")
     for module in net.modules():
         if STATE not in module.__dict__ and not _is_replaced(module):
             if type(module) is nn.Linear:
-                _override(module, shared.linear_forward, shared.LinearState())
+                _override(module, linear_forward, LinearState())
             elif type(module) is nn.Conv2d:
-                _override(module, shared.convolution_forward, shared.InputState())
+                _override(module, convolution_forward, InputState())
             elif type(module) in _BATCH_NORMS:
-                _override(module, shared.batch_norm_forward, shared.NoState())
+                _override(module, batch_norm_forward, NoState())
             elif (adapter := _adapter_of(module)) is not None and type(module) in adapter.CONTAINERS:
                 container_forward, container_state = adapter.CONTAINERS[type(module)]
                 _override(module, container_forward, container_state())
@@ -241,8 +163,9 @@ def disable(net: nn.Module) -> nn.Module:
     """Undo `enable`: every module is exactly as before. Returns `net`.
 
     A layer whose forward somebody has replaced since stays enabled, and a UserWarning names it: what replaced it may
-    call ours.
+    call ours. Raises TypeError for a net that is no module.
     """
+    check_module(net)
     for name, module in net.named_modules():
         if STATE not in module.__dict__:
             continue
@@ -268,11 +191,7 @@ def _fused(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return fused_forward(module, module.__dict__[STATE], *args, **kwargs)
 
 
-def is_enabled(net: nn.Module) -> bool:
-    return any(STATE in module.__dict__ for module in net.modules())
-
-
-class _Forward(functools.partial):  # type: ignore[type-arg]
+class _Forward(functools.partial):
     """A forward bound to its module. Who asks for its arguments is told those of the class's own."""
 
     @property
@@ -430,13 +349,12 @@ def patch(framework: str = "snntorch", b_th: policy.BTh = "auto") -> Any:
 
     As a plain call until `unpatch()`, or as a context manager. Exactly the framework's own classes are patched, not
     their subclasses; modules that are enabled keep their own b_th. Linear layers run fused with the neurons they feed
-    where their input are a patched layer's spikes.
+    where their inputs are a patched layer's spikes.
 
     Raises ValueError for a framework that is not known or not installed, and for a wrong b_th.
     """
     value = policy.check_b_th(b_th)
-    if framework not in _ADAPTERS:
-        raise ValueError(f"framework: expected one of {', '.join(map(repr, _ADAPTERS))}, got {framework!r}")
+    _check_framework(framework)
     try:
         adapter = _load_adapter(framework)
     except ModuleNotFoundError as error:
@@ -458,7 +376,12 @@ def patch(framework: str = "snntorch", b_th: policy.BTh = "auto") -> Any:
 
 
 def unpatch(framework: str | None = None) -> None:
-    """Undo `patch`: the framework's classes have their own functions again. All frameworks where none is named."""
+    """Undo `patch`: the framework's classes have their own functions again. All frameworks where none is named.
+
+    Raises ValueError for a framework that is not known.
+    """
+    if framework is not None:
+        _check_framework(framework)
     with _lock:
         for name in [framework] if framework is not None else list(_patches):
             patched = _patches.pop(name, None)

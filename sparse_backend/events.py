@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copyreg
 import math
+import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -162,8 +163,13 @@ class EventTensor(TensorLike):
 
         row_dims: how many of the last dimensions make a row, 3 for images. A tensor that requires grad keeps receiving
         its whole gradient: it becomes the handle.
-        Raises ValueError for a tensor with fewer dimensions or a sparse one (see `from_coo`).
+        A sparse tensor goes through `from_coo`. Raises TypeError for what is no tensor, ValueError for a tensor without
+        dimensions, a wrong row_dims or more than 2**34 entries.
         """
+        if not isinstance(dense, Tensor):
+            raise TypeError(
+                f"EventTensor.from_dense: expected a torch.Tensor, got {type(dense).__name__}. Use torch.as_tensor"
+            )
         if isinstance(dense, TensorLike):
             if type(dense) is EventTensor and dense.is_events and dense.columns == dense.shape[-row_dims:].numel():
                 return dense
@@ -207,7 +213,14 @@ class EventTensor(TensorLike):
 
     @classmethod
     def from_coo(cls, sparse: Tensor, dtype: torch.dtype | None = None) -> EventTensor:
-        """Events of a torch.sparse tensor (COO or CSR) of shape [..., N]; repeated entries are summed."""
+        """Events of a torch.sparse tensor (COO or CSR) of shape [..., N]; repeated entries are summed.
+
+        dtype: that of the spikes, the tensor's own if None. Raises TypeError for what is no sparse tensor, ValueError
+        for one with dense dimensions.
+        """
+        if not isinstance(sparse, Tensor) or sparse.layout == torch.strided:
+            got = "a strided one" if isinstance(sparse, Tensor) else type(sparse).__name__
+            raise TypeError(f"EventTensor.from_coo: expected a sparse tensor, got {got}. Use EventTensor.from_dense")
         if sparse.layout != torch.sparse_coo:
             sparse = sparse.to_sparse_coo()
         sparse = sparse.coalesce()
@@ -239,9 +252,12 @@ class EventTensor(TensorLike):
 
         times, units: [n_events], numbers and integers in any order; step = floor(time / dt). Events at or after
         `steps` are dropped. duplicates: several events in one step and unit count as "one" spike, or "sum".
-        Raises ValueError for negative times, units outside 0..n_units-1, lengths that differ or a dt that is not a
-        positive number.
+        Raises TypeError for steps or n_units that are no integers, ValueError for negative ones, negative times, units
+        outside 0..n_units-1, lengths that differ or a dt that is not a positive number.
         """
+        for name, size in (("steps", steps), ("n_units", n_units)):
+            if operator.index(size) < 0:
+                raise ValueError(f"EventTensor.from_times: {name} must be at least 0, got {size}")
         if not 0 < dt < math.inf:
             raise ValueError(f"EventTensor.from_times: dt must be a positive number, got {dt}")
         times, units = torch.as_tensor(times), torch.as_tensor(units).long()
@@ -319,7 +335,7 @@ class EventTensor(TensorLike):
     # Reading.
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return self.indices.device
 
     @property
@@ -458,13 +474,13 @@ class EventTensor(TensorLike):
 
     @classmethod
     def stack(cls, steps: Sequence[EventTensor]) -> EventTensor:
-        """Events [..., N] of one shape, one after another along a new first dimension. Compact handles go on learning,
-        dense ones are left out."""
+        """At least one, of one shape [..., N], one after another along a new first dimension. Compact handles are
+        joined and stay differentiable, dense ones are left out."""
         return cls._below_each_other(steps, (len(steps), *steps[0].shape))
 
     @classmethod
     def cat(cls, parts: Sequence[EventTensor]) -> EventTensor:
-        """The same along the first dimension they have."""
+        """The same along the first dimension they have; the others must agree."""
         return cls._below_each_other(parts, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
 
     @classmethod
@@ -542,7 +558,7 @@ class EventTensor(TensorLike):
             handles = self.handle.split(sizes)
             pointers = [self.active_ptr[t * rows : (t + 1) * rows + 1] for t in range(size)]
             parts = self.active_indices.split(sizes)
-            actives = [(ptr - ptr[0], part) for ptr, part in zip(pointers, parts, strict=True)]  # type: ignore[misc]
+            actives = [(ptr - ptr[0], part) for ptr, part in zip(pointers, parts, strict=True)]
         row_ptrs = self.row_ptr.unfold(0, rows + 1, rows).unbind(0) if rows else [self.row_ptr] * size
         return [self._with(shape, row_ptrs[t], self.indices, self.values, handles[t], *actives[t]) for t in range(size)]
 
@@ -616,17 +632,25 @@ class EventTensor(TensorLike):
     def pin_memory(self, device: Any = None) -> EventTensor:
         """A copy whose parts lie in page-locked memory."""
         if not self.is_events:
-            return self.to_dense().pin_memory()  # type: ignore[return-value]
+            return self.to_dense().pin_memory()
         return self._map(lambda part: part.pin_memory())
 
     def is_pinned(self) -> bool:
         return self.indices.is_pinned()
 
+    def record_stream(self, s: Any) -> None:
+        """Say that a CUDA stream reads this, as `Tensor.record_stream` does, of every part of it."""
+        for part in (self.row_ptr, self.indices, self.values, self.handle, self.active_ptr, self.active_indices):
+            if part is not None:
+                part.record_stream(s)
+        if self._dense is not None:
+            self._dense.record_stream(s)
+
     def detach(self) -> EventTensor:
         """The same events without their handle."""
         if not self.is_events or (self.learns and not torch.is_grad_enabled()):
             # Inside a custom function's forward, autograd records what C++ sees of the result: a real tensor.
-            return self.to_dense().detach()  # type: ignore[return-value]
+            return self.to_dense().detach()
         return self.without_handle()
 
     def without_handle(self) -> EventTensor:
@@ -705,9 +729,14 @@ torch.serialization.add_safe_globals([_rebuild])
 
 def collate(batch: Sequence[Any]) -> Any:
     """`collate_fn` of a DataLoader whose samples are EventTensors [T, ...], alone or in tuples, lists or dicts with
-    anything else: events become one EventTensor [T, B, N], everything else goes through torch's default."""
+    anything else: events become one EventTensor [T, B, N], everything else goes through torch's default.
+
+    Raises ValueError for an empty batch and for events of different shapes.
+    """
     from torch.utils.data import default_collate
 
+    if not batch:
+        raise ValueError("collate: expected at least one sample, got none")
     first = batch[0]
     if type(first) is EventTensor:
         return EventTensor.collate(batch)

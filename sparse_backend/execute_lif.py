@@ -114,7 +114,7 @@ def run_lif_traced(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of a discrete neuron for torch.compile, in plain tensors: spikes, v and i, [B, N] each; i is [0] where
     the neuron has none."""
-    i = _joining_first(neuron, (1, *current.shape), i, inflow)  # type: ignore[arg-type]
+    i = _joining_first(neuron, (1, *current.shape), i, inflow)
     dense = math.isinf(b_th)
     syn_decay = None if neuron.syn_decay is None else neuron.syn_decay.detach()
     states = neuron.mem_gain, syn_decay, None, neuron.threshold, neuron.reset_to, v, i, None, None

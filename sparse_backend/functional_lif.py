@@ -138,7 +138,12 @@ def linear_li(
     v: Tensor | None = None,
     i: Tensor | None = None,
 ) -> LISequence:
-    """A linear layer and leaky integrators, `linear_lif` without spikes: the readout of many networks."""
+    """A linear layer and leaky integrators, `linear_lif` without spikes: the readout of many networks.
+
+    x [T, B, M], weight [N, M], bias [N], mem_gain, syn_decay, leak, v, i: as in `linear_lif`. Gradients reach every
+    tensor given that requires them. Raises ValueError or TypeError naming the argument.
+    Source: norse/torch/functional/leaky_integrator.py.
+    """
     return _li(linear_current(x, weight, bias), (mem_gain, syn_decay, leak), v, i)
 
 
@@ -151,7 +156,7 @@ def li(
     v: Tensor | None = None,
     i: Tensor | None = None,
 ) -> LISequence:
-    """Leaky integrators over a sequence of any currents [T, B, N]."""
+    """Leaky integrators over a sequence of any currents [T, B, N]; the rest as `linear_li`."""
     current = given_current(current)
     return _li(current, (mem_gain, syn_decay, leak), v, i)
 
@@ -187,12 +192,14 @@ def run_neurons(
     return EventTensor.from_dense(result.spikes), *states
 
 
-def _coefficients(values: tuple[Any, ...]) -> dict[str, Any]:
-    """`values`, the first of LIF's fields, by their names."""
-    return dict(zip(LIF._fields, values, strict=False))
-
-
-_OPTIONAL = ("syn_decay", "leak")
+def _checked(
+    current: Any, values: tuple[Any, ...], v: Tensor | None, i: Tensor | None
+) -> tuple[tuple[int, int, int], list[Any]]:
+    """Shape of a sequence, and the coefficients of its neurons, the first of LIF's fields, as tensors."""
+    coefficients = dict(zip(LIF._fields, values, strict=False))
+    if i is not None and coefficients["syn_decay"] is None:
+        raise ValueError("i: expected None without syn_decay, got a tensor")
+    return check_neurons(current, coefficients, ("syn_decay", "leak"), v=v, i=i)
 
 
 def _lif(
@@ -209,13 +216,13 @@ def _lif(
     return_states: bool,
 ) -> LIFSequence:
     code = check_reset(reset, LIF_RESETS)
-    shape, coefficients = check_neurons(current, _coefficients(values), _OPTIONAL, v=v, i=i)
+    shape, coefficients = _checked(current, values, v, i)
     recurrent = check_recurrent(current, recurrent, z, "z")
     neuron = LIF(*coefficients)._replace(reset=code, detached=detached)
     return LIFSequence(*run_neurons(current, shape, neuron, spike_grad, b_th, v, i, recurrent, z, return_states))
 
 
 def _li(current: Any, values: tuple[Any, ...], v: Tensor | None, i: Tensor | None) -> LISequence:
-    shape, coefficients = check_neurons(current, _coefficients(values), _OPTIONAL, v=v, i=i)
+    shape, coefficients = _checked(current, values, v, i)
     result = run_li(current, shape, LI(*coefficients), v, i)
     return LISequence(result.v_seq, result.v_last, result.i_last)

@@ -184,4 +184,4 @@ def _check_labels(labels: Any, scores: Tensor) -> Tensor:
         least, most = int(labels.min()), int(labels.max())
         if least < 0 or most >= classes:
             raise ValueError(f"labels: expected classes 0..{classes - 1}, got {least}..{most}")
-    return labels.long()  # type: ignore[no-any-return]
+    return labels.long()

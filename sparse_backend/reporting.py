@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from sparse_backend import convolution, enabling, policy
+from sparse_backend.layer_state import STATE, check_module
 from sparse_backend.timefusion.forward import FusionState
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -72,10 +73,10 @@ class Report:
 def report(net: nn.Module, reset: bool = False) -> Report:
     """Per spiking layer of `net`: the path it takes, why not faster, active and spiking share, bytes kept.
 
-    Counts run since `enable` or since the last report with `reset=True`.
+    Counts run since `enable` or since the last report with `reset=True`; bytes are those of all calls since, path and
+    reason those of the last call. Raises TypeError for a net that is no module.
     """
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
+    check_module(net)
     layers = []
     for name, module, adapter in enabling.neurons(net):
         state = enabling.state_of(module)
@@ -95,13 +96,13 @@ def report(net: nn.Module, reset: bool = False) -> Report:
 
 def _fusion(net: nn.Module, layers: list[LayerReport]) -> str | None:
     """How far the time loop in the model's forward ran as sequences, and what ended them early."""
-    states = [module.__dict__.get(enabling.STATE) for module in net.modules()]
-    recorded = [state for state in states if type(state) is FusionState and state.recorded]
+    states = [module.__dict__.get(STATE) for module in net.modules()]
+    recorded = [state.tally for state in states if type(state) is FusionState and state.tally.recorded]
     at_once = max(layer.at_once for layer in layers)
     if not recorded:
         never = FusionState in map(type, states) and at_once == 1
         return f"Time fusion: no forward that holds these layers was called as a module. {_FUSE}" if never else None
-    fusion = max(recorded, key=lambda state: state.longest)
+    fusion = max(recorded, key=lambda tally: tally.longest)
     longest = min(fusion.longest, at_once or fusion.longest)  # a Linear alone is not what counts
     if longest > 1 and fusion.forced < 2:  # once: when all steps were there
         return f"Time fusion: up to {longest} steps ran as one sequence."
@@ -139,13 +140,13 @@ def _layer(name: str, module: nn.Module, adapter: Any, state: Any) -> LayerRepor
         reason = enabling.why_not(module, adapter) or "not enabled"
         return LayerReport(name, kind, "framework", reason, None, None, None, None, 0, 0, {}, 0)
     tally = state.tally
-    reason = state.reason
-    if reason is not None and state.path.startswith("dense") and state.b_th == "auto":
+    reason = tally.reason
+    if reason is not None and tally.path.startswith("dense") and state.b_th == "auto":
         reason = f"{reason}. {policy.CURE_BROAD}"
     return LayerReport(
         name=name,
         kind=kind,
-        path=state.path,
+        path=tally.path,
         reason=reason,
         b_th=state.b_th,
         b_th_value=float(policy.resolve_b_th(state.b_th, adapter.spike_grad(module))),

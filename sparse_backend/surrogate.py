@@ -78,7 +78,7 @@ class _Spikes(torch.autograd.Function):
 def spikes(spike_grad: SpikeGrad, x: Tensor, g: Tensor | None) -> Tensor:
     """H(x), differentiable with the derivative g, of x's shape: the surrogate is not evaluated again. None where
     nothing learns."""
-    return _Spikes.apply(x, g, spike_dtype(spike_grad, x))  # type: ignore[no-any-return]
+    return _Spikes.apply(x, g, spike_dtype(spike_grad, x))
 
 
 def probe(spike_grad: SpikeGrad) -> str | None:
@@ -152,7 +152,13 @@ def mass_of_b_th(spike_grad: SpikeGrad, b_th: float) -> float:
 
 
 def b_th_of_mass(spike_grad: SpikeGrad, mass: float = AUTO_MASS) -> float:
-    """The smallest b_th that keeps `mass` of the integral of |g|; infinity where the integral diverges."""
+    """The smallest b_th that keeps `mass`, 0..1, of the integral of |g|; infinity where the integral diverges.
+
+    spike_grad: tensor -> spikes, any shape, differentiable. Raises ValueError for a mass outside (0, 1).
+    Source: docs/choosing-b_th.md.
+    """
+    if not 0 < mass < 1:
+        raise ValueError(f"mass: expected a share between 0 and 1, got {mass!r}")
     x, below = _mass(spike_grad)
     total = _total(below)
     if math.isinf(total):

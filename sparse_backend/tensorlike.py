@@ -180,9 +180,9 @@ class TensorLike(StandIn):
 
     @property
     @not_compiled
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         """Whether gradients flow. Whoever asks may be about to record this tensor in C++ (module hooks do)."""
-        learns = self._dense.requires_grad if self._dense_only else self.learns  # type: ignore[attr-defined]
+        learns = self._dense.requires_grad if self._dense_only else self.learns
         if learns and torch.is_grad_enabled():
             self._embody()
         return learns
@@ -198,7 +198,7 @@ class TensorLike(StandIn):
             torch._C._swap_tensor_impl(self, self.to_dense().view_as(self.to_dense()))
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.dense_from_now_on().data
 
     @data.setter
@@ -207,34 +207,34 @@ class TensorLike(StandIn):
         self.take_shape()
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         return self.dense_from_now_on().grad
 
     @property
-    def grad_fn(self) -> Any:  # type: ignore[override]
+    def grad_fn(self) -> Any:
         return self.dense_from_now_on().grad_fn
 
     @property
-    def ndim(self) -> int:  # type: ignore[override]
+    def ndim(self) -> int:
         return len(self.shape)
 
     @property
-    def is_cuda(self) -> bool:  # type: ignore[override]
+    def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
     @property
-    def is_sparse(self) -> bool:  # type: ignore[override]
+    def is_sparse(self) -> bool:
         return False
 
     @property
-    def is_leaf(self) -> bool:  # type: ignore[override]
+    def is_leaf(self) -> bool:
         return not self.learns
 
     def dim(self) -> int:
         return len(self.shape)
 
     @not_compiled
-    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+    def size(self, dim: int | None = None) -> Any:
         if dim is None:
             return self.shape
         if is_vmap(sys._getframe(1)):
@@ -338,7 +338,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         _here.depth = before
 
 
-torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment,arg-type]
+torch.autograd.Function.apply = classmethod(_apply)
 
 
 def _given_tensors(own: Any) -> Any:
@@ -350,7 +350,7 @@ def _given_tensors(own: Any) -> Any:
 
 
 for _script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
-    _script.__call__ = _given_tensors(_script.__call__)  # type: ignore[assignment,method-assign]
+    _script.__call__ = _given_tensors(_script.__call__)
 
 
 def _keep(cls: Any, *args: Any) -> Any:

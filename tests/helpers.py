@@ -278,3 +278,17 @@ def assert_same_gradients(ours: dict[str, Tensor], stock: dict[str, Tensor], rto
     assert ours.keys() == stock.keys()
     for name, grad in ours.items():
         assert_close(grad, stock[name], f"gradient of {name}", rtol)
+
+
+def snapshot(net):
+    """The objects that every module of a net is made of."""
+    return {name: (dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for name, m in net.named_modules()}
+
+
+def same_snapshot(a, b):
+    """Whether two snapshots hold the same objects."""
+    return a.keys() == b.keys() and all(
+        one.keys() == other.keys() and all(one[key] is other[key] for key in one)
+        for name in a
+        for one, other in zip(a[name], b[name], strict=True)
+    )

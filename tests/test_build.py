@@ -48,7 +48,8 @@ def without(monkeypatch, *names):
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """`_native` as in a new process with an empty cache and nothing prebuilt; the real state comes back afterwards."""
-    before = _native._outcome, _native._failure, dict(_native._details)
+    before = _native._outcome, _native._failure, _native._cuda_waits
+    details = dict(_native._details), dict(_native._cuda_details)
     _native._forget()
     monkeypatch.setattr(_build.sources, "prebuilt_dir", lambda: tmp_path / "no-prebuilt")
     monkeypatch.setattr(_build.sources, "describe", lambda: a_description(tmp_path / "csrc"))
@@ -56,8 +57,9 @@ def fresh(monkeypatch, tmp_path):
     without(monkeypatch, "SPARSE_BACKEND_BUILD", "SPARSE_BACKEND_ISA")
     yield monkeypatch
     _native._forget()
-    _native._outcome, _native._failure = before[:2]
-    _native._details.update(before[2])
+    _native._outcome, _native._failure, _native._cuda_waits = before
+    _native._details.update(details[0])
+    _native._cuda_details.update(details[1])
 
 
 # --- the key --------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import sparse_backend
-from sparse_backend import EventTensor, _native, convolution, enabling, policy
+from sparse_backend import EventTensor, _native, convolution, layer_state, policy
 from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent
 from sparse_backend.ops.event_conv import AVERAGE_POOL, MAX_POOL, NO_POOL, Geometry
@@ -229,7 +229,7 @@ def loop(step: Callable[..., Any], mems: list[Any], x: Any) -> Any:
 def run(net: Any, x: Any, form: str) -> Any:
     if not form.startswith("outer"):
         return net(x)
-    fused = form == "outer" and enabling.is_enabled(net)
+    fused = form == "outer" and layer_state.is_enabled(net)
     with sparse_backend.fuse_time(net) if fused else nullcontext():
         out = loop(net, net.mems(), x)
     return tree_map(lambda value: value + 0, out)  # what was handed out before the values were there
@@ -375,7 +375,7 @@ def sequential(spike_grad: Any, **options: Any) -> nn.Sequential:
 
 def step_sequential(net: Any, x: Any, form: str) -> Any:
     utils.reset(net)
-    with sparse_backend.fuse_time(net) if form == "outer" and enabling.is_enabled(net) else nullcontext():
+    with sparse_backend.fuse_time(net) if form == "outer" and layer_state.is_enabled(net) else nullcontext():
         steps = [net(x[t]) for t in range(len(x))]
         out = torch.stack([spk for spk, _ in steps]), torch.stack([mem for _, mem in steps])
     return tree_map(lambda value: value + 0, out)
@@ -1691,7 +1691,7 @@ def norse_steps(kind: str, pool: str) -> Any:
 
 def stepped(net: Any, x: Any) -> Any:
     state, out = None, []
-    with sparse_backend.fuse_time(net) if enabling.is_enabled(net) else nullcontext():
+    with sparse_backend.fuse_time(net) if layer_state.is_enabled(net) else nullcontext():
         for t in range(len(x)):
             v, state = net(x[t], state)
             out.append(v)

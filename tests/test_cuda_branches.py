@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import sparse_backend
 from sparse_backend import EventTensor, functional, policy, surrogate
-from sparse_backend.adapters.shared import LinearState
 from sparse_backend.deferred import WeightCache
+from sparse_backend.layers import LinearState
 
 OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 

@@ -150,6 +150,8 @@ def test_from_dense_of_a_tensor_that_requires_grad_keeps_it_as_handle():
 def test_from_dense_refuses_what_has_no_columns():
     with pytest.raises(ValueError, match=r"EventTensor\.from_dense: expected a tensor \[\.\.\., N\]"):
         EventTensor.from_dense(torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"EventTensor\.from_dense: expected a torch\.Tensor, got list"):
+        EventTensor.from_dense([1.0, 2.0])
 
 
 # from_coo.
@@ -199,6 +201,10 @@ def test_from_coo_in_a_stated_dtype():
 def test_from_coo_refuses_dense_dimensions():
     with pytest.raises(ValueError, match="expected no dense dimensions, got 1"):
         EventTensor.from_coo(torch.eye(3).to_sparse(1))
+    with pytest.raises(TypeError, match=r"expected a sparse tensor, got a strided one\. Use EventTensor\.from_dense"):
+        EventTensor.from_coo(torch.eye(3))
+    with pytest.raises(TypeError, match="expected a sparse tensor, got int"):
+        EventTensor.from_coo(3)
 
 
 def test_a_sparse_tensor_that_requires_grad_gets_its_gradient():
@@ -284,6 +290,15 @@ def test_from_times_refuses(times, units, options, message):
         EventTensor.from_times(times, units, 10, 4, **options)
 
 
+def test_from_times_wants_sizes():
+    with pytest.raises(ValueError, match=r"EventTensor\.from_times: steps must be at least 0, got -5"):
+        EventTensor.from_times([1.0], [0], -5, 4)
+    with pytest.raises(ValueError, match="n_units must be at least 0, got -1"):
+        EventTensor.from_times([], [], 5, -1)
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        EventTensor.from_times([1.0], [0], 5.5, 4)
+
+
 # collate.
 
 
@@ -324,7 +339,21 @@ def test_collate_of_empty_samples(shape):
     assert x.shape == (shape[0], 2, shape[1]) and x.nnz == 0
 
 
+def test_record_stream_is_told_of_every_part(monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda part, stream: told.append((id(part), stream)))
+    x = EventTensor.from_dense(torch.tensor([[0.0, 2.0], [1.0, 0.0]], requires_grad=True))
+    x.record_stream("a stream")
+    assert set(told) == {(id(part), "a stream") for part in (x.row_ptr, x.indices, x.values, x.handle)}
+    dense = x.to_dense()
+    told.clear()
+    x.record_stream("another")
+    assert (id(dense), "another") in told and (id(x.indices), "another") in told
+
+
 def test_collate_refuses():
+    with pytest.raises(ValueError, match="collate: expected at least one sample, got none"):
+        collate([])
     with pytest.raises(ValueError, match="at least one sample"):
         EventTensor.collate([])
     with pytest.raises(ValueError, match=r"one shape \[T, N\], a row per step, got \[4, 6\] and \[4, 5\]"):

@@ -934,6 +934,10 @@ def test_data_parallel_replicas(way: Way) -> None:
                 assert_close(a, b)
             for name, p in ours.named_parameters():
                 assert_close(p.grad, expected.gradients[name], name)
+    report = sparse_backend.report(ours)
+    assert all(layer.at_once == (len(x) if way.fuse_time else 1) for layer in report.layers), report
+    assert all(layer.path.endswith("sequence" if way.fuse_time else "step") for layer in report.layers), report
+    assert report.note == (f"Time fusion: up to {len(x)} steps ran as one sequence." if way.fuse_time else None)
 
 
 # Other neurons in the same loop.

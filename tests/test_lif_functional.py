@@ -418,6 +418,7 @@ def test_numbers_are_coefficients_and_box_neurons_have_no_current():
         ({"reset": "zero"}, ValueError, "reset: expected one of ['none', 'subtract', 'value'], got 'zero'"),
         ({"v": torch.zeros(3, 3)}, ValueError, "v: expected [2, 3], got [3, 3]"),
         ({"i": [0.0]}, TypeError, "i: expected a tensor, got list"),
+        ({"i": torch.zeros(2, 3), "syn_decay": None}, ValueError, "i: expected None without syn_decay, got a tensor"),
         ({"v": torch.zeros(2, 3, dtype=F64)}, TypeError, "v: expected torch.float32 as the other tensors"),
         ({"recurrent": torch.zeros(2, 3)}, ValueError, "recurrent: expected [3, 3], got [2, 3]"),
         ({"z": torch.zeros(2, 3)}, ValueError, "z: expected None without recurrent weights"),
@@ -432,6 +433,11 @@ def test_what_does_not_fit_is_named(change, error, message):
     with pytest.raises(error) as raised:
         functional.lif(**(arguments | change))
     assert message in str(raised.value)
+
+
+def test_integrators_without_a_synaptic_current_take_none():
+    with pytest.raises(ValueError, match="i: expected None without syn_decay, got a tensor"):
+        functional.li(torch.zeros(4, 2, 3), mem_gain=0.1, i=torch.zeros(2, 3))
 
 
 # The loop itself, against Norse's steps.

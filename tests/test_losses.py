@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import sparse_backend
 from sparse_backend import EventTensor, functional, losses
-from sparse_backend.enabling import is_enabled
+from sparse_backend.layer_state import is_enabled
 from sparse_backend.reference import events as twins
 
 pytestmark = pytest.mark.usefixtures("neurons")

@@ -18,7 +18,17 @@ import weakref
 import norse.torch as norse
 import pytest
 import torch
-from helpers import INF, as_tensor, assert_close, assert_same_gradients, normal, sparse_always, spikes
+from helpers import (
+    INF,
+    as_tensor,
+    assert_close,
+    assert_same_gradients,
+    normal,
+    same_snapshot,
+    snapshot,
+    sparse_always,
+    spikes,
+)
 from norse.torch.functional import lif as lif_functions
 from norse.torch.functional import lif_box as lif_box_functions
 from norse.torch.functional.leaky_integrator import LIState
@@ -41,7 +51,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import sparse_backend
-from sparse_backend import EventTensor, enabling
+from sparse_backend import EventTensor, layer_state
 from sparse_backend.adapters import for_norse
 from sparse_backend.bench.memory import kept_bytes
 from sparse_backend.deferred import DeferredCurrent
@@ -138,18 +148,6 @@ def judge(net, call, b_th=0.3, rtol=1e-5):
 
 
 # enable and disable.
-
-
-def snapshot(net):
-    return {name: (dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for name, m in net.named_modules()}
-
-
-def same_snapshot(a, b):
-    return a.keys() == b.keys() and all(
-        one.keys() == other.keys() and all(one[key] is other[key] for key in one)
-        for name in a
-        for one, other in zip(a[name], b[name], strict=True)
-    )
 
 
 def every_module():
@@ -423,7 +421,7 @@ def test_cells_with_and_without_a_state(call, b_th):
 @pytest.mark.parametrize("b_th", [0.2, INF])
 def test_an_outer_loop_under_fuse_time_runs_as_sequences(b_th):
     def call(net):
-        with sparse_backend.fuse_time(net) if enabling.is_enabled(net) else contextlib.nullcontext():
+        with sparse_backend.fuse_time(net) if layer_state.is_enabled(net) else contextlib.nullcontext():
             out, state = stepped(net, small_input())
         return out, [part if part is None else type(part)(*dense(part)) for part in state]
 
@@ -1071,7 +1069,7 @@ def test_a_deepcopy_is_an_independent_enabled_net(b_th):
             parameter.zero_()
     assert_close(dense(other(x)[0]), expected)
     sparse_backend.disable(net)
-    assert enabling.is_enabled(other)
+    assert layer_state.is_enabled(other)
 
 
 def test_pickle_of_the_whole_model():
@@ -1082,7 +1080,7 @@ def test_pickle_of_the_whole_model():
     torch.save(net, file)
     file.seek(0)
     for other in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(net))):
-        assert enabling.is_enabled(other) and torch.equal(other(x)[0], net(x)[0])
+        assert layer_state.is_enabled(other) and torch.equal(other(x)[0], net(x)[0])
     spiking = sparse_backend.enable(small_net(), b_th=0.2)
     stock, ours = (outcome_of(lambda m=m: pickle.loads(pickle.dumps(m))[0](x)) for m in (small_net(), spiking))
     assert ours == stock if isinstance(stock, tuple) else torch.equal(ours, stock)
@@ -1405,7 +1403,7 @@ def test_check_compares_with_norses_own_code():
     assert result.loss_sparse == pytest.approx(result.loss_dense, rel=1e-5)
     sparse_backend.enable(net, b_th=0.05)
     assert max(g.relative_error for g in sparse_backend.check(net, x, lambda out: out[0].sum()).gradients) > 0.01
-    assert enabling.is_enabled(net)
+    assert layer_state.is_enabled(net)
 
 
 @pytest.mark.parametrize("fuse_time", [True, False])

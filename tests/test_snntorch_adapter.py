@@ -12,16 +12,29 @@ import weakref
 import pytest
 import snntorch as snn
 import torch
-from helpers import INF, as_tensor, assert_close, assert_same_gradients, fast_sigmoid, masked, normal, piecewise, spikes
+from helpers import (
+    INF,
+    as_tensor,
+    assert_close,
+    assert_same_gradients,
+    fast_sigmoid,
+    masked,
+    normal,
+    piecewise,
+    same_snapshot,
+    snapshot,
+    spikes,
+)
 from snntorch import surrogate as snn_surrogate
 from snntorch import utils
 from snntorch_models import LayerCase, Model, ModelCase, enabled_copy, make_input, run, stock_copy
 from torch import nn
 
 import sparse_backend
-from sparse_backend import EventTensor, enabling, policy
+from sparse_backend import EventTensor, enabling, layer_state, policy
 from sparse_backend.adapters import for_snntorch
 from sparse_backend.deferred import DeferredCurrent
+from sparse_backend.layer_state import STATE
 from sparse_backend.ops import hub as hubs
 
 STEEP = fast_sigmoid(100.0)
@@ -57,7 +70,7 @@ def test_a_copy_of_the_dict_is_made_real_by_enable():
     assert torch.equal(other(x) + 0, expected)
     assert torch.equal(plain(x), expected)
     assert not torch.equal(linear(x) + 0, expected)
-    assert enabling.STATE in other.__dict__ and enabling.STATE not in plain.__dict__
+    assert STATE in other.__dict__ and STATE not in plain.__dict__
 
 
 @pytest.mark.parametrize("fuse_time", [True, False])
@@ -153,18 +166,6 @@ def reasons_of(net):
 # enable and disable.
 
 
-def snapshot(net):
-    return {name: (dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for name, m in net.named_modules()}
-
-
-def same_snapshot(a, b):
-    return a.keys() == b.keys() and all(
-        one.keys() == other.keys() and all(one[key] is other[key] for key in one)
-        for name in a
-        for one, other in zip(a[name], b[name], strict=True)
-    )
-
-
 def test_enable_changes_nothing_a_user_sees():
     net = small_net()
     before, keys, kinds = snapshot(net), list(net.state_dict()), [type(m) for m in net.modules()]
@@ -234,6 +235,18 @@ def test_an_unknown_layer_is_named_with_the_known_ones():
 def test_what_is_not_a_module_is_refused():
     with pytest.raises(TypeError, match=r"net: expected a torch\.nn\.Module, got int"):
         sparse_backend.enable(3)
+    with pytest.raises(TypeError, match=r"net: expected a torch\.nn\.Module, got int"):
+        sparse_backend.disable(3)
+    with pytest.raises(TypeError, match=r"net: expected a torch\.nn\.Module, got int"), sparse_backend.fuse_time(3):
+        pass
+
+
+def test_fuse_time_of_a_model_that_was_never_enabled_says_so():
+    net = small_net()
+    nothing = pytest.warns(UserWarning, match="fuse_time changes nothing: no layer of this model is enabled")
+    with nothing as seen, sparse_backend.fuse_time(net):
+        net(spikes((2, 6), 0.5, 0, torch.float32))
+    assert len(seen) == 1 and seen[0].filename == __file__
 
 
 def test_a_model_without_spiking_layers_is_told_so_once():
@@ -293,7 +306,7 @@ def test_a_deepcopy_is_an_independent_enabled_net(b_th):
     assert_same(run(other, x), run(stock_copy(model, b_th), x))
     assert sparse_backend.report(net).layers[0].path == "not called yet"
     sparse_backend.disable(net)
-    assert enabling.is_enabled(other)
+    assert layer_state.is_enabled(other)
 
 
 def test_pickle_of_the_whole_model():
@@ -347,7 +360,7 @@ def test_a_data_parallel_replica_runs_its_own():
     again = neuron._replicate_for_data_parallel()
     spk, mem = again(as_tensor(out)), again.mem
     assert mem.shape == spk.shape == (4, 8)
-    assert sparse_backend.report(net).layers[0].path != "not called yet" or path_of(net) == ["not called yet"] * 2
+    assert path_of(net) == ["sparse step", "not called yet"], "what replicas do is reported of the original"
 
 
 # What a call means: module.mem, arguments, return values.
@@ -1146,6 +1159,8 @@ def test_patch_leaves_subclasses_alone():
 def test_patch_refuses_what_it_does_not_know(monkeypatch):
     with pytest.raises(ValueError, match=r"framework: expected one of 'snntorch'.*, got 'brian'"):
         sparse_backend.patch("brian")
+    with pytest.raises(ValueError, match=r"framework: expected one of 'snntorch'.*, got 'brian'"):
+        sparse_backend.unpatch("brian")
     with pytest.raises(ValueError, match="b_th"):
         sparse_backend.patch("snntorch", b_th=-1)
 
@@ -1320,7 +1335,7 @@ def test_a_forward_that_was_replaced_since_is_not_taken_away():
     net(torch.rand(2, 4))
     net[0].forward = ours
     sparse_backend.disable(net)
-    assert "forward" not in net[0].__dict__ and not enabling.is_enabled(net)
+    assert "forward" not in net[0].__dict__ and not layer_state.is_enabled(net)
 
 
 @pytest.mark.parametrize("b_th", ["auto", INF, 0.3])

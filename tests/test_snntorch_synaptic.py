@@ -1797,7 +1797,6 @@ def test_the_report_names_them(kind):
         sparse_backend.enable(net, b_th=0.2, fuse_time=False)
         net(frames())
     assert paths_of(net) == ["sparse step"] * 2
-    assert [layer.reason for layer in sparse_backend.report(net).layers] == [None, None] or all(reasons_of(net))
     assert str(sparse_backend.report(net)).count("neurons.") == 2
 
 

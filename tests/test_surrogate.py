@@ -314,6 +314,12 @@ def test_mass_inside_a_band(slope, b_th):
     assert surrogate.b_th_of_mass(fast_sigmoid(slope), kept) == pytest.approx(b_th, rel=2e-3)
 
 
+@pytest.mark.parametrize("mass", [0, 1, 1.5, -1, math.nan])
+def test_a_share_outside_0_and_1_is_refused(mass):
+    with pytest.raises(ValueError, match="mass: expected a share between 0 and 1, got"):
+        surrogate.b_th_of_mass(fast_sigmoid(10), mass)
+
+
 def test_mass_where_there_is_no_end_to_it():
     assert surrogate.mass_of_b_th(fast_sigmoid(25.0), INF) == surrogate.mass_of_b_th(straight_through(), INF) == 1
     assert surrogate.mass_of_b_th(straight_through(), 5.0) == 0

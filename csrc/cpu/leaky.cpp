@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> leaky_backward(
     });
 }
 
-// The two exact formulas of the weight's gradient, docs/design.md; numbers as in sparse_backend/policy.py.
+// The two exact formulas of the weight's gradient, docs/design.md; numbers as in sparse_backend/ops/linear_leaky.py.
 enum WeightRule : int64_t { kByCounts = 0, kOverSpikes = 1, kOverActive = 2 };
 
 // Whether to sum over active entries and traces rather than over input spikes and deltas. Costs in vector operations:

@@ -75,7 +75,7 @@ def describe(root: Path | None = None, isa: str | None = None) -> Description:
     """The description of the CPU extension for one instruction set, with the flags that the environment asks for."""
     isa = cpu.choose_isa() if isa is None else isa
     root = csrc_dir() if root is None else root
-    sources = sorted([*root.glob("*.cpp"), *(root / "cpu").glob("*.cpp")])
+    sources = sorted((root / "cpu").glob("*.cpp"))
     cflags, ldflags = settings.flags()
     cflags = (*cflags, *cpu.ISA_FLAGS[isa])
     return Description(

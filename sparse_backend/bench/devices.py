@@ -128,7 +128,7 @@ class Cuda(Cpu):
                 for work in works:
                     work()
         torch.cuda.current_stream().wait_stream(aside)
-        pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        pool = torch.cuda.graph_pool_handle()
         graphs = []
         for work in works:
             graphs.append(torch.cuda.CUDAGraph())

@@ -152,7 +152,7 @@ def mended(net: LIFNet) -> LIFNet:
     """The network itself, its modules for whole sequences reading their input by `Steps`."""
     for layer in net.layers:
         if isinstance(layer, (SNN, SNNRecurrent)):
-            layer.forward = partial(_mended_forward, layer)  # type: ignore[method-assign, assignment]
+            layer.forward = partial(_mended_forward, layer)
     return net
 
 
@@ -166,7 +166,7 @@ class _SuperSpike(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, alpha: Any) -> Tensor:
         ctx.save_for_backward(x)
         ctx.alpha = alpha
-        return heaviside(x)  # type: ignore[no-any-return]
+        return heaviside(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -179,7 +179,7 @@ _own_threshold = lif_functions.threshold
 
 def _threshold(x: Tensor, method: str, alpha: Any) -> Tensor:
     """Norse's, whose "super" honours alpha."""
-    return _SuperSpike.apply(x, alpha) if method == "super" else _own_threshold(x, method, alpha)  # type: ignore[no-any-return]
+    return _SuperSpike.apply(x, alpha) if method == "super" else _own_threshold(x, method, alpha)
 
 
 def honours_alpha() -> bool:

@@ -71,7 +71,7 @@ class _Scan(torch.autograd.Function):
         return first
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         return ctx.scan(grad.contiguous(), x, ctx.beta, SLOPE), None, None, None, None
@@ -113,7 +113,7 @@ def layers(net: LeakyNet, x: Tensor) -> Iterator[Result]:
             current, shape, leaky_entry(neuron), None, neuron.spike_grad, math.inf, keep_mem=last, dense=True
         )
         yield result
-        x = result.spikes  # type: ignore[assignment]
+        x = result.spikes
 
 
 def _by_our_kernels(net: LeakyNet, x: Tensor) -> Output:

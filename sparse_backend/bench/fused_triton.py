@@ -55,7 +55,7 @@ def _backward(
         at -= width
 
 
-def _launch(kernel, like: Tensor, *arguments, readout: bool) -> None:  # type: ignore[no-untyped-def]
+def _launch(kernel, like: Tensor, *arguments, readout: bool) -> None:
     steps, width = like.shape[0], like[0].numel()
     if like.numel():
         kernel[(triton.cdiv(width, LANES),)](

@@ -53,8 +53,8 @@ class CapturedRun(Run):
         mark, between = self.device.mark, self.device.between
         start = mark()
         if type(self._static) is EventTensor:
-            self._static.row_ptr.copy_(self.input.row_ptr)  # type: ignore[union-attr]
-            self._static.indices.copy_(self.input.indices)  # type: ignore[operator, union-attr]
+            self._static.row_ptr.copy_(self.input.row_ptr)
+            self._static.indices.copy_(self.input.indices)
         self._replay_forward()
         middle = mark()
         self._replay_backward()

@@ -171,7 +171,7 @@ def nets(make: MakeNeurons, surrogates: dict[str, tuple[str, Callable[[], Any]]]
 
 def sequence_forward(net: LeakyNet, x: Tensor | EventTensor, b_th: BTh) -> Output:
     """The same network and weights through `functional`, layer by layer. x: [T, B, inputs]."""
-    result = functional.LeakySequence(x, x)  # type: ignore[arg-type]
+    result = functional.LeakySequence(x, x)
     hidden = []
     for layer, (linear, neuron) in enumerate(zip(net.linears, net.neurons, strict=True)):
         last = layer == len(net.linears) - 1
@@ -217,7 +217,7 @@ def given(case: Case) -> Any:
 
 
 def surrogate_of(net: Any) -> SpikeGrad:
-    return net.neurons[0].spike_grad  # type: ignore[no-any-return]
+    return net.neurons[0].spike_grad
 
 
 def currents(net: Any) -> list[list[nn.Parameter]]:
@@ -263,4 +263,4 @@ def exact(net: Any) -> Any:
 
 
 def oracle(net: Any) -> Callable[[Any], Output]:
-    return net  # type: ignore[no-any-return]
+    return net

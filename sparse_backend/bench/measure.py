@@ -143,7 +143,7 @@ def _inputs(case: Case, settings: Settings, images: ImageSet | None) -> Inputs:
 def copies(given: Tensor | EventTensor, least: int) -> list[Tensor | EventTensor]:
     """The input and copies of it, together at least as many bytes."""
     parts = (given.row_ptr, given.indices) if type(given) is EventTensor else (given,)
-    size = sum(part.nbytes for part in parts)  # type: ignore[union-attr]
+    size = sum(part.nbytes for part in parts)
     return [given, *(copy.deepcopy(given) for _ in range(1, math.ceil(least / max(1, size))))]
 
 

@@ -63,7 +63,7 @@ class Path:
 
 
 def _stock(net: Any, b_th: BTh) -> Callable[[Any], Output]:
-    return net  # type: ignore[no-any-return]
+    return net
 
 
 def _mended(net: Any, b_th: BTh) -> Callable[[Any], Output]:
@@ -135,7 +135,7 @@ def enabled(net: Any, b_th: BTh, fuse_time: bool = True) -> Any:
 def _cells(net: Any, b_th: BTh) -> Callable[[Any], Output]:
     from sparse_backend.bench.for_norse import CellNet
 
-    return enabled(CellNet(net), b_th)  # type: ignore[no-any-return]
+    return enabled(CellNet(net), b_th)
 
 
 PATHS: dict[str, Path] = {
@@ -241,19 +241,19 @@ class Run:
         if type(self.input) is EventTensor:
             self.input = self.input.without_handle()
         else:
-            increment_version(self.input)  # type: ignore[arg-type]
+            increment_version(self.input)
 
     def hidden(self) -> list[Tensor]:
         """Where the hidden layers spike, [T, B, ...] each, in the pass that is timed but for what it gives back."""
         owners = [owner for owner in (self.net, self.forward) if isinstance(owner, nn.Module)]
         for owner in owners:
-            owner.return_hidden = True  # type: ignore[assignment]
+            owner.return_hidden = True
         try:
             with torch.set_grad_enabled(self.path.learns):
                 found = self.forward(self.input).hidden
         finally:
             for owner in owners:
-                owner.return_hidden = False  # type: ignore[assignment]
+                owner.return_hidden = False
         return [(z.to_dense() if isinstance(z, EventTensor) else z).detach() != 0 for z in found]
 
     def evaluate(self, samples: Tensor | None = None) -> Evaluation:
@@ -284,4 +284,4 @@ class Run:
             parts = (self.input.row_ptr, self.input.indices, self.input.values)
             yield from (part for part in parts if part is not None)
         else:
-            yield self.input  # type: ignore[misc]
+            yield self.input

@@ -61,7 +61,7 @@ def _node(neuron: Any, readout: bool) -> Any:
 def _surrogate() -> nn.Module:
     from spikingjelly.activation_based import surrogate
 
-    return surrogate.ATan()  # type: ignore[no-any-return]
+    return surrogate.ATan()
 
 
 def judge(net: LeakyNet) -> Callable[[Tensor], Output]:

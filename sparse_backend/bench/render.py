@@ -20,7 +20,7 @@ PEAK_HEADS = ("peak MB", "of stock")
 
 LEGEND = (
     "Times are medians of interleaved repeats in one process. Forward is with the loss; whole is a training step: "
-    "zero_grad, forward, loss, backward, SGD. Columns with × are speed-ups: stock's median time divided by this path's. "
+    "zero_grad, forward, loss, backward, SGD. Columns with × are speed-ups: stock's median time over this path's. "
     "events: input events per sample; spikes and active: % of all (t, b, j) of the hidden layers, after training. "
     "kept: storages alive for the backward pass after the forward, without parameters and the caller's own tensors. "
     "A + behind a commit: tracked files differed from it."
@@ -491,9 +491,9 @@ def _norse_table(results: Sequence[Mapping[str, Any]], where: str) -> str:
     }
     batch = results[0]["case"]["batch"]
     lines = [
-        "One training step against stock Norse / against stock Norse mended by `unbind`: unmended, its backward pass is "
-        "quadratic in T. At b_th 0.2 and SuperSpike(alpha=100) as Norse documents it unless the case says otherwise, "
-        f"batch {batch}. {where}. *Enabled* is the unmodified `SequentialState` after `enable`, *cells in a "
+        "One training step against stock Norse / against stock Norse mended by `unbind`: unmended, its backward pass "
+        "is quadratic in T. At b_th 0.2 and SuperSpike(alpha=100) as Norse documents it unless the case says "
+        f"otherwise, batch {batch}. {where}. *Enabled* is the unmodified `SequentialState` after `enable`, *cells in a "
         "loop* an unmodified loop over its steps.",
         "",
         f"| case | {_CONDITIONS} | stock ms | mended ms | " + " | ".join(columns.values()) + " | kept for backward |",

@@ -119,7 +119,7 @@ def autograd(
     library.impl(
         op.name().split("::")[1].split(".")[0], lambda keyset, *args: run(keyset, args), "Autograd", with_keyset=True
     )
-    return call  # type: ignore[no-any-return]
+    return call
 
 
 @functools.cache

@@ -70,4 +70,4 @@ def _narrow(tensor: Tensor | None) -> Tensor | None:
     if narrow is None:
         narrow = tensor.to(dtype)
         _made[tensor] = dtype, narrow
-    return narrow  # type: ignore[no-any-return]
+    return narrow

@@ -432,8 +432,8 @@ def _recommended(groups: Sequence[SweepGroup]) -> list[str]:
     if good:
         text.append(
             f'**What we recommend** by these runs: with a steep surrogate keep "auto"; where "auto" is dense, begin '
-            f"with `b_th={good[0]:g}`, the least that loses at most one point with every surrogate tried, and widen the "
-            "band if `check` or your accuracy says so.\n"
+            f"with `b_th={good[0]:g}`, the least that loses at most one point with every surrogate tried, and widen "
+            "the band if `check` or your accuracy says so.\n"
         )
     return text
 

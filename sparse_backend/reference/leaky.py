@@ -1,7 +1,7 @@
 """The leaky neuron over a sequence in plain PyTorch: the specification of `ops/leaky.py`.
 
-Equations: docs/design.md section "One layer". Everything is dense here and compressed at the end; the kernels never
-make the dense tensors.
+Equations: docs/design.md, "One layer of snnTorch". Everything is dense here and compressed at the end; the kernels
+never make the dense tensors.
 """
 
 from __future__ import annotations

@@ -146,4 +146,4 @@ def linear_leaky_backward(
         delta.view(steps * batch, neurons), row_ptr, indices, values, in_active_ptr, in_active_indices, weight,
         need_input, need_weight, need_bias,
     )  # fmt: skip
-    return (*of_linear, *of_neuron)  # type: ignore[return-value]
+    return (*of_linear, *of_neuron)

@@ -10,4 +10,5 @@ is recognised, only what depends on what.
 - `recorder.py`  placeholders, nodes, the recording of one forward, the scheduler
 - `sites.py`     what a run of calls of one layer does: linear, neuron, running sum, any other function
 - `functions.py` torch functions on placeholders: recorded, or computed on values
+- `buffers.py`   tensors of the caller's that a loop fills with `out[t] = spk`
 """

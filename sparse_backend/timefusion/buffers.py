@@ -17,8 +17,8 @@ from sparse_backend.timefusion.recorder import Node, Placeholder, Recording, is_
 
 #: what a tensor is asked that no write changes
 _LASTING = {
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.is_cuda.__get__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point,  # type: ignore[attr-defined]
+    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__,
+    Tensor.is_cuda.__get__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point,
 }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ class Buffer(StandIn):
         target = self.waiting.target
         if type(target) is Buffer:
             target.waiting.into.flush(forced=True)
-        return target  # type: ignore[no-any-return]
+        return target
 
     @classmethod
     @not_compiled
@@ -126,7 +126,7 @@ def _is_alone(target: Tensor) -> bool:
     """Whether this tensor is all there is of its memory, and may be written to under autograd."""
     if not is_watchable(target) or target._base is not None or (target.requires_grad and target.is_leaf):
         return False
-    return target._use_count() == 1 and owns_memory(target)  # type: ignore[attr-defined,no-any-return]
+    return target._use_count() == 1 and owns_memory(target)
 
 
 def _place(index: Any, shape: torch.Size) -> tuple[int, int] | None:

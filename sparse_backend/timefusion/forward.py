@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from sparse_backend.deferred import unusual
 from sparse_backend.events import EventTensor
+from sparse_backend.layer_state import STATE, Tally, check_module, is_enabled
 from sparse_backend.tensorlike import dense, under_saved_tensor_hooks
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.recorder import Placeholder, Recording
@@ -39,32 +41,38 @@ class Patience:
             self.skip_next = _SKIP_FIRST
 
 
-class FusionState:
-    """What an enabled module remembers of its recordings."""
+class FusionTally(Tally):
+    """What the last recording of a module or a replica of it did, for `report`."""
 
-    def __init__(self) -> None:
-        self.inside, self.outside = Patience(), Patience()  #: with its forwards, and with loops around them
+    __slots__ = ("calls", "forced", "forced_by", "longest", "recorded")
+
+    def reset(self) -> None:
         self.recorded = False  #: whether there is anything to report
-        self.longest = 0  #: steps run as one sequence in the last recorded forward
-        self.calls = 0  #: calls of one layer in it
+        self.longest = 0  #: steps run as one sequence
+        self.calls = 0  #: calls of one layer
         self.forced_by: str | None = None  #: the user's line that needed values before the forward ended
         self.forced = 0  #: how often that happened
 
-    tally = None
+    def note(self, into: Recording) -> None:
+        self.recorded = True
+        self.longest, self.calls, self.forced_by, self.forced = into.longest, into.calls, into.forced_by, into.forced
 
-    def fresh(self, tally: Any = None) -> FusionState:
-        return type(self)()
+
+class FusionState:
+    """What an enabled module remembers of its recordings."""
+
+    def __init__(self, tally: FusionTally | None = None) -> None:
+        self.inside, self.outside = Patience(), Patience()  #: with its forwards, and with loops around them
+        self.tally = tally or FusionTally()
+
+    def fresh(self, tally: FusionTally | None = None) -> FusionState:
+        return type(self)(tally)
 
     def __deepcopy__(self, memo: Any) -> FusionState:
         return type(self)()
 
     def __reduce__(self) -> Any:
         return type(self), ()
-
-    def note(self, into: Recording) -> None:
-        """Remember what a recording did, for `report`."""
-        self.recorded = True
-        self.longest, self.calls, self.forced_by, self.forced = into.longest, into.calls, into.forced_by, into.forced
 
 
 def fused_forward(module: Any, state: FusionState, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +91,7 @@ def fused_forward(module: Any, state: FusionState, *args: Any, **kwargs: Any) ->
         into.abandon()
         raise
     into.finish()
-    state.note(into)
+    state.tally.note(into)
     if not again:
         state.inside.saw(into)
     _settle(module)
@@ -164,9 +172,18 @@ def fuse_time(net: nn.Module) -> Iterator[None]:
                 spikes.append(spk)
         loss = loss_fn(torch.stack(spikes), target)
 
-    Values are there when the `with` ends, or when something inside it needs them.
+    Values are there when the `with` ends, or when something inside it needs them. Raises TypeError for a net that is no
+    module; warns (UserWarning) where nothing in it is enabled.
     """
-    state = net.__dict__.get("_sparse_backend")
+    check_module(net)
+    if not is_enabled(net):
+        warnings.warn(
+            "sparse_backend.fuse_time changes nothing: no layer of this model is enabled. "
+            "Call net = sparse_backend.enable(net) before the loop",
+            UserWarning,
+            stacklevel=3,
+        )
+    state = net.__dict__.get(STATE)
     patience = state.outside if type(state) is FusionState and not under_saved_tensor_hooks() else None
     if recorder.is_recording() or unusual() is not None or (patience is not None and patience.is_lost()):
         yield
@@ -180,7 +197,7 @@ def fuse_time(net: nn.Module) -> Iterator[None]:
         raise
     into.finish()
     if type(state) is FusionState:
-        state.note(into)
+        state.tally.note(into)
     if patience is not None:
         patience.saw(into)
     _settle(net)

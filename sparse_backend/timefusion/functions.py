@@ -71,7 +71,7 @@ _IN_CHUNKS = {function for function, dims in _SAMPLEWISE.items() if dims}
 #: those that stand-ins answer with stand-ins: sequences of events stay events, convolutions of them make no image
 _OF_EVENTS = {F.conv2d, F.max_pool2d, torch.max_pool2d, F.avg_pool2d, masked, *_RESHAPES}
 
-_TRANSPOSES: set[Any] = {Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
+_TRANSPOSES: set[Any] = {Tensor.T.__get__, Tensor.mT.__get__}
 
 #: anything else that is pure, step by step; not what refuses some of its numbers, indices say, at the user's line
 _STEPWISE = {
@@ -226,7 +226,7 @@ def _of_shape(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 def _again(function: Any, args: Any, kwargs: dict[str, Any], base: Tensor) -> Tensor:
     """A view made of a tensor's values as it was recorded of its placeholder."""
     args, kwargs = dense((args, kwargs))
-    return function(base, *args, **kwargs)  # type: ignore[no-any-return]
+    return function(base, *args, **kwargs)
 
 
 class _Probe(Tensor):

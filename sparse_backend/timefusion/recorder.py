@@ -147,15 +147,15 @@ class Placeholder(TensorLike):
     _views: tuple[weakref.ref[Placeholder], ...] = ()
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return self.spec.shape
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
+    def dtype(self) -> torch.dtype:
         return self.spec.dtype
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return self.spec.device
 
     @property
@@ -175,7 +175,7 @@ class Placeholder(TensorLike):
         node, slot = self.ref
         if node.run is None:
             raise RuntimeError("time fusion: the forward pass that was to compute this value raised an error")
-        return node.run.get(slot, node.index)  # type: ignore[union-attr]
+        return node.run.get(slot, node.index)
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         if self._dense is None:
@@ -234,7 +234,7 @@ class Placeholder(TensorLike):
         if spec.shape != shape:
             self.spec = Spec(spec.recording, shape, spec.dtype, spec.device, spec.learns)
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         return repr(self.to_dense())
 
     @classmethod

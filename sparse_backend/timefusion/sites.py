@@ -177,7 +177,7 @@ def once(
     before = into.given.get(module)
     if before is None or before[0][:2] != known[:2] or not _are_same(before[0][2], given):
         before = into.given[module] = known, GivenSite(into, call())
-    return before[1].hand_out()  # type: ignore[no-any-return]
+    return before[1].hand_out()
 
 
 def _are_same(before: Sequence[Any], now: Sequence[Any]) -> bool:
