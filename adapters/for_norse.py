@@ -21,6 +21,7 @@ from sparse_backend import autocasting, tensorlike
 from sparse_backend.layer_state import STATE, LayerState, NoState
 from sparse_backend.layers import is_surrounded, own_forward
 from sparse_backend.timefusion import recorder
+from sparse_backend.timefusion.buffers import Buffer
 
 from .for_norse_call import prepare
 from .for_norse_fused import record
@@ -99,6 +100,8 @@ def _forward(module: Any, layer: Any, input_: Any, state: Any) -> Any:
     kind = KINDS.get(type(module))
     if kind is None:
         return _framework(module, layer, f"its class became {type(module).__name__} after enable", input_, state)
+    if type(input_) is Buffer:  # a tensor that a recorded loop fills
+        input_ = input_.to_dense()
     call = prepare(module, layer, kind, input_, state, kind.in_time)
     if isinstance(call, str):
         return _framework(module, layer, call, input_, state, in_time=kind.in_time)
@@ -107,7 +110,7 @@ def _forward(module: Any, layer: Any, input_: Any, state: Any) -> Any:
 
 def _framework(module: Any, layer: LayerState, reason: str, input_: Any, state: Any, *, in_time: bool = False) -> Any:
     layer.tally.path, layer.tally.reason = "framework", reason
-    layer.tally.framework_steps += len(input_) if in_time and getattr(input_, "shape", None) else 1
+    layer.tally.framework_steps += input_.shape[0] if in_time and getattr(input_, "shape", None) else 1
     return own_forward(module)(module, *tensorlike.dense((input_, state)))
 
 

@@ -318,10 +318,14 @@ def synaptic_parts_of(module: Any, kind: Kind) -> SynapticParts:
     return SynapticParts(parts_of(module), alpha, recurrent, weight, bias)
 
 
+_ELSEWHERE: Any = object()  #: what is no parameter: pruned, parametrized, a buffer
+
+
 def connection_of(recurrent: Any) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of a recurrent connection; None where it is not a known one."""
     if type(recurrent) is torch.nn.Linear:
-        return recurrent._parameters.get("weight"), recurrent._parameters.get("bias")
+        weight, bias = (recurrent._parameters.get(name, _ELSEWHERE) for name in ("weight", "bias"))
+        return (None, None) if weight is _ELSEWHERE or bias is _ELSEWHERE else (weight, bias)
     return (recurrent.V, None) if type(recurrent) in ONE_TO_ONE else (None, None)
 
 
@@ -407,6 +411,8 @@ def _has_hooks(module: Any) -> bool:
 
 def _why_in_steps(parts: SynapticParts, shape: torch.Size, dtype: torch.dtype) -> str | None:
     recurrent, weight = parts.recurrent, parts.weight
+    if weight is None and type(recurrent) is torch.nn.Linear:
+        return "weight or bias of its recurrent connection is no parameter"
     if weight is None:
         return f"its recurrent connection is a {type(recurrent).__name__}"
     if _has_hooks(recurrent):

@@ -603,10 +603,14 @@ class EventTensor(TensorLike):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As `Tensor.to`; a change of device keeps the events, a change of dtype converts values and handle."""
-        options = {name: value for name, value in kwargs.items() if name != "copy"}
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **options)
-        if not self.is_events:
-            return self.to_dense().to(*args, **kwargs)
+        options = dict(kwargs)
+        copy = options.pop("copy", False)
+        at = 2 if args and isinstance(args[0], (Tensor, torch.dtype)) else 3  # where `copy` stands among the arguments
+        if len(args) > at:
+            args, copy = args[:at], args[at]
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **options)
+        if not self.is_events or memory_format not in (None, torch.preserve_format, torch.contiguous_format):
+            return self.to_dense().to(*args, **options, copy=copy)
         result = self
         if device is not None and device != self.device:
             result = result._map(lambda part: part.to(device, non_blocking=non_blocking))
@@ -615,7 +619,7 @@ class EventTensor(TensorLike):
                 return result.to_dense().to(dtype)
             result = result._map(lambda part: part.to(dtype) if part.is_floating_point() else part)
             result.dtype = dtype
-        return result._map(torch.clone) if result is self and kwargs.get("copy") else result
+        return result._map(torch.clone) if result is self and copy else result
 
     def cpu(self, memory_format: Any = None) -> Any:
         return self.to("cpu")

@@ -24,12 +24,19 @@ from sparse_backend.timefusion.sites import LinearSite, once
 _FLOATS = (torch.float32, torch.float64)
 _SKIP_FIRST, _SKIP_MOST = 16, 1024
 _LOOK_EVERY = 16
+_ELSEWHERE: Any = object()
 
 
 def own_forward(module: Any) -> Any:
     """The framework's own forward of a module's class, as a plain function."""
     function = type(module).forward
     return getattr(function, "__wrapped__", function)
+
+
+def bias_of(module: Any) -> Tensor | None:
+    """A layer's bias, which pruning, parametrizations and people who freeze it put elsewhere than among parameters."""
+    bias = module._parameters.get("bias", _ELSEWHERE)
+    return module.bias if bias is _ELSEWHERE else bias
 
 
 def is_surrounded(module: Any) -> bool:
@@ -127,7 +134,7 @@ def linear_forward(module: Any, input: Any) -> Any:
         weight = module.weight
         bias = module.bias
     else:
-        bias = parameters["bias"]
+        bias = bias_of(module)
     if is_surrounded(module):
         return torch.nn.functional.linear(dense_of(input), weight, bias).to(weight.dtype)
     state: LinearState = module.__dict__[STATE]
@@ -177,8 +184,7 @@ def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) 
 
 def convolution_forward(module: Any, input: Any) -> Any:
     """An enabled `nn.Conv2d`'s forward: torch's own, given events where its dense input has few nonzero entries."""
-    forward, parameters = own_forward(module), module._parameters
-    weight = parameters.get("weight")
+    forward, weight = own_forward(module), module._parameters.get("weight")
     if torch.compiler.is_compiling() or autocasting.is_on() or unusual() is not None or weight is None:
         return forward(module, input)  # a weight that is parametrized is made anew whenever someone asks for it
     if is_surrounded(module):
@@ -200,7 +206,7 @@ def convolution_forward(module: Any, input: Any) -> Any:
         return forward(module, images)
     settings = module.stride, module.padding, module.dilation, module.groups
     if to_record:
-        recorded = record_convolution(into, input, weight, parameters["bias"], *settings)
+        recorded = record_convolution(into, input, weight, bias_of(module), *settings)
         if recorded is not None:
             if sliced:
                 into.sparse[module] = input._base
@@ -208,7 +214,7 @@ def convolution_forward(module: Any, input: Any) -> Any:
     if type(input) is EventTensor or not is_callers(input):
         return forward(module, images)
     call = functools.partial(forward, module, images)
-    return once(into, module, (input, weight, parameters["bias"]), settings, call)
+    return once(into, module, (input, weight, bias_of(module)), settings, call)
 
 
 def batch_norm_forward(module: Any, input: Any) -> Any:

@@ -103,18 +103,20 @@ def _fusion(net: nn.Module, layers: list[LayerReport]) -> str | None:
         never = FusionState in map(type, states) and at_once == 1
         return f"Time fusion: no forward that holds these layers was called as a module. {_FUSE}" if never else None
     fusion = max(recorded, key=lambda tally: tally.longest)
-    longest = min(fusion.longest, at_once or fusion.longest)  # a Linear alone is not what counts
-    if longest > 1 and fusion.forced < 2:  # once: when all steps were there
-        return f"Time fusion: up to {longest} steps ran as one sequence."
-    looped = longest > 1 or fusion.calls > 1
-    if not looped and at_once > 1:
-        return None  # its modules were given whole sequences
-    if not looped and longest == 1:
-        return f"Time fusion: the forward is one step. {_FUSE}" if at_once == 1 else None
+    longest, calls = fusion.longest, fusion.calls
+    if longest <= 1 and calls <= 1:
+        if at_once > 1:
+            return None  # its modules were given whole sequences
+        if longest == 1:
+            return f"Time fusion: the forward is one step. {_FUSE}"
     what = f"up to {longest} steps ran as one sequence" if longest > 1 else "every step ran alone"
-    times = f" ({fusion.forced} times in the last forward)" if fusion.forced > 1 else ""
-    forced = f" {fusion.forced_by} needed a value before the loop ended{times}." if fusion.forced_by else ""
-    return f"Time fusion: {what}.{forced}"
+    if fusion.forced > 1 or (fusion.forced and not (longest > 1 or fusion.in_order)):
+        times = f" ({fusion.forced} times in the last forward)" if fusion.forced > 1 else ""
+        return f"Time fusion: {what}. {fusion.forced_by} needed a value before the loop ended{times}."
+    if fusion.in_order:  # forced once: when all steps were there
+        who = "other layers one at a time" if longest > 1 else "in their order"
+        return f"Time fusion: {what}, {who}: what they are given depends on what later layers gave in the step before."
+    return f"Time fusion: {what}."
 
 
 _FUSE = "Where a loop calls it, put that inside `with sparse_backend.fuse_time(net):`."

@@ -66,8 +66,23 @@ def dense_of(x: Any) -> Any:
     return x.to_dense() if isinstance(x, StandIn) else x
 
 
+#: what has nothing below it
+_LEAVES = {Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.dtype, torch.device}
+
+
 def dense(value: Any) -> Any:
     """`value` with every stand-in below it replaced by its dense tensor."""
+    kind = type(value)
+    if kind in _LEAVES:
+        return value
+    if kind is tuple:  # arguments mostly are flat: a tree's general walk costs more than a small function
+        return tuple([dense(part) for part in value])
+    if kind is list:
+        return [dense(part) for part in value]
+    if kind is dict:
+        return {key: dense(part) for key, part in value.items()}
+    if isinstance(value, StandIn):
+        return value.to_dense()
     return tree_map(dense_of, value)
 
 
@@ -277,6 +292,8 @@ class TensorLike(StandIn):
         result = func(*dense(args), **dense(kwargs))
         for leaf in written:
             leaf.take_shape()
+            if result is leaf._dense:  # as in torch, what was written to is handed back
+                return leaf
         return result
 
 

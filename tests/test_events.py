@@ -339,6 +339,38 @@ def test_collate_of_empty_samples(shape):
     assert x.shape == (shape[0], 2, shape[1]) and x.nnz == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "copies"),
+    [
+        ((torch.float64, False, True), {}, True),
+        (("cpu", torch.float64, False, True), {}, True),
+        ((torch.zeros(1, dtype=torch.float64), False, True), {}, True),
+        ((torch.float64,), {"copy": True}, True),
+        ((torch.float64,), {}, False),
+        (("cpu", torch.float64), {"memory_format": torch.preserve_format}, False),
+    ],
+)
+def test_to_takes_what_torchs_takes(arguments, options, copies):
+    dense = spikes((3, 2, 4), 0.4, 0, torch.float32)
+    x = EventTensor.from_dense(dense).to(*arguments, **options)
+    assert type(x) is EventTensor and x.dtype is torch.float64 and torch.equal(x.to_dense(), dense.double())
+    assert (x.to(*arguments, **options) is x) != copies
+
+
+def test_to_another_memory_format_is_dense():
+    dense = spikes((2, 3, 4, 5), 0.4, 0, torch.float32)
+    out = EventTensor.from_dense(dense, row_dims=3).to(memory_format=torch.channels_last)
+    assert torch.equal(out, dense) and out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("function", [torch.sgn, lambda x: torch.sgn(x) + x, lambda x: x.sgn() * x])
+def test_gradients_that_are_zeros_without_memory(function):
+    ours, theirs = (spikes((3, 2, 4), 0.4, 0, torch.float32).requires_grad_() for _ in range(2))
+    function(EventTensor.from_dense(ours)).sum().backward()
+    function(theirs).sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+
+
 def test_record_stream_is_told_of_every_part(monkeypatch):
     told = []
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda part, stream: told.append((id(part), stream)))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import sparse_backend
 from sparse_backend.tensorlike import TensorLike
+from sparse_backend.timefusion import functions
 
 
 @pytest.fixture(params=WAYS)
@@ -205,6 +206,33 @@ def test_numpy_memory_refilled_at_every_step(way: Way) -> None:
         return torch.stack(out), mem
 
     check(way, loop)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mem: F.mish(mem, inplace=True),
+        lambda mem: mem.unsqueeze_(0).squeeze_(0),
+        lambda mem: mem.t_().t_(),
+        lambda mem: mem.mul_(0.5).add_(0.1),
+    ],
+    ids=["mish in place", "unsqueeze_ and squeeze_", "t_ and t_", "mul_ and add_"],
+)
+def test_a_membrane_changed_in_place_is_what_the_next_step_takes(way: Way, change: Any) -> None:
+    def loop(net: Net, x: Any) -> Any:
+        mem, out = net.lif1.reset_mem(), []
+        for t in range(len(x)):
+            spk, mem = net.lif1(net.fc1(x[t]), mem)
+            assert change(mem) is mem
+            out.append(spk)
+        return torch.stack(out), mem
+
+    check(way, loop)
+
+
+def test_every_function_with_a_flag_for_in_place_is_known() -> None:
+    named = {F.relu, F.leaky_relu, F.elu, F.silu, F.selu, F.hardtanh, F.relu6, F.hardsigmoid, F.hardswish, F.mish}
+    assert named <= functions._WITH_INPLACE_FLAG
 
 
 def test_shapes_that_do_not_fold(way: Way) -> None:

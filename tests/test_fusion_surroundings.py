@@ -41,6 +41,7 @@ from pairs import (
     weighted,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -621,6 +622,48 @@ def test_parametrised_weights(way: Way, kind: str) -> None:
         torch.manual_seed(0)
         net = wake(Net(spike_grad, lambda net, x: recorded(net, x)[:2]))
         getattr(torch.nn.utils.parametrizations, kind)(net.fc2)
+        return net
+
+    x = frames()
+    assert_equal_runs(recipe, lambda net: net(x), way, runs=2)
+
+
+def as_buffer(module: Any) -> None:
+    bias = module.bias.detach()
+    del module.bias
+    module.register_buffer("bias", bias)
+
+
+BIASES: dict[str, Callable[[Any], Any]] = {
+    "pruned": lambda module: prune.l1_unstructured(module, "bias", amount=0.5),
+    "pruned, then left so": lambda module: prune.remove(prune.l1_unstructured(module, "bias", amount=0.5), "bias"),
+    "of a weight that was pruned": lambda module: prune.remove(
+        prune.l1_unstructured(prune.l1_unstructured(module, "bias", amount=0.5), "weight", amount=0.3), "weight"
+    ),
+    "a buffer": as_buffer,
+    "parametrized": lambda module: torch.nn.utils.parametrize.register_parametrization(module, "bias", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("kind", BIASES)
+def test_biases_that_are_no_parameters(way: Way, kind: str) -> None:
+    def loop(net: Any, x: Any) -> Any:
+        mems, rec, out = net.mems(), net.lif4.reset_mem(), []
+        for t in range(len(x)):
+            spk, mems = net.step(x[t], mems)
+            spk, *rec = net.lif4(spk, *rec)
+            image = F.relu(net.conv(x[t].view(-1, 1, 1, INPUTS)))
+            out.append(spk + image.flatten(1).sum(1, keepdim=True))
+        net.lif4.spk = net.lif4.spk + 0  # which may be events
+        return torch.stack(out)
+
+    def recipe(spike_grad: Any) -> Any:
+        net: Any = net_of(loop)(spike_grad)
+        net.lif4 = snn.RLeaky(beta=0.8, threshold=0.6, spike_grad=spike_grad, linear_features=OUTPUTS)
+        net.conv = nn.Conv2d(1, 2, (1, 3))
+        wake(net)
+        for layer in (net.fc1, net.fc3, net.lif4.recurrent, net.conv):
+            BIASES[kind](layer)
         return net
 
     x = frames()

@@ -220,6 +220,42 @@ def test_a_loop_that_looks_at_every_step_is_named() -> None:
     assert "every step ran alone" in note_of(net) and "test_fusion_values.py" in note_of(net)
 
 
+def adapting(net: Net, x: Any) -> Any:
+    """A trace of its spikes is fed back into a layer's current: its steps need each other, those of the last do not."""
+    mems, trace, out = list(net.mems()), 0, []
+    for step in x:
+        spk, mems[0] = net.lif1(net.fc1(step) - trace, mems[0])
+        trace = 0.9 * trace + 0.1 * spk
+        spk, mems[2] = net.lif3(net.fc3(spk), mems[2])
+        out.append(spk)
+    return torch.stack(out)
+
+
+def feeding_back(net: Net, x: Any) -> Any:
+    """The last layer's spikes reach the first at the next step: no layer can run ahead."""
+    mems, last, out = list(net.mems()), 0, []
+    for step in x:
+        spk, mems[0] = net.lif1(net.fc1(step) + last, mems[0])
+        spk, mems[2] = net.lif3(net.fc3(spk), mems[2])
+        last = spk.sum(1, keepdim=True)
+        out.append(spk)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(
+    ("loop", "what"),
+    [
+        (adapting, f"up to {STEPS} steps ran as one sequence, other layers one at a time"),
+        (feeding_back, "every step ran alone, in their order"),
+    ],
+)
+def test_layers_that_wait_for_each_other_are_told_of(loop: Loop, what: str) -> None:
+    net = sparse_backend.enable(net_of(loop)(SPIKE_GRAD), b_th=0.15)
+    net(frames())
+    why = "what they are given depends on what later layers gave in the step before."
+    assert note_of(net) == f"Time fusion: {what}: {why}"
+
+
 class Refused(nn.Module):
     """Neurons that record nothing: snnTorch's own code runs them."""
 
@@ -260,7 +296,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return begun
 
 
-@pytest.mark.parametrize("where", ["in the forward", "around it", "of neurons that record nothing"])
+@pytest.mark.parametrize("where", ["in the forward", "around it", "of neurons that record nothing", "of feedback"])
 def test_a_loop_that_never_fuses_is_recorded_ever_more_rarely(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is tried again now and then."""
 
@@ -271,7 +307,7 @@ def test_a_loop_that_never_fuses_is_recorded_ever_more_rarely(where: str, monkey
             spk.sum().item()
         return mems
 
-    make = Refused if where == "of neurons that record nothing" else net_of(loop)
+    make = Refused if where == "of neurons that record nothing" else net_of(adapting if "feedback" in where else loop)
     net = sparse_backend.enable(make(SPIKE_GRAD).double(), b_th=0.15)
     begun = recordings(monkeypatch)
     for _ in range(4 + 1 + 8 + 1 + 3):

@@ -389,7 +389,7 @@ def test_losses_of_lists_are_recorded_and_end_nothing_early():
     net = enabled(net_of(lambda net, x: hidden_terms(recorded(net, x)[1][0])), WAYS["band as events"])
     net(frames())["lower"].backward()
     assert longest(net) == len(frames())
-    assert vars(net)["_sparse_backend"].forced == 0
+    assert vars(net)["_sparse_backend"].tally.forced == 0
 
 
 # What is refused.

@@ -421,7 +421,7 @@ def test_equals_stock(name: str, options: dict[str, Any]) -> None:
         net = sparse_backend.enable(Net(function, **options), b_th=b_th)
         assert_equal(outcome(net, x), expected)
         if longest is not None:
-            ran = net.__dict__["_sparse_backend"].longest
+            ran = net.__dict__["_sparse_backend"].tally.longest
             assert ran >= longest, f"{ran} steps ran as one sequence, expected {longest}"
 
 
@@ -439,7 +439,7 @@ def test_events_indexed_by_the_loop() -> None:
     expected = outcome(Net(explicit_mem), x)
     net = sparse_backend.enable(Net(explicit_mem), b_th=1e6)
     assert_equal(outcome(net, sparse_backend.EventTensor.from_dense(x)), expected)
-    assert net.__dict__["_sparse_backend"].longest == STEPS
+    assert net.__dict__["_sparse_backend"].tally.longest == STEPS
 
 
 def test_a_refilled_input_buffer() -> None:

@@ -14,9 +14,24 @@ __device__ __forceinline__ T second_reset(T v, T jump, bool fires, bool r) {
     return v;
 }
 
-template <typename T, int RESET, bool DOUBLE, bool KEEP_P>
-__global__ void __launch_bounds__(kScanThreads) forward_kernel(const __grid_constant__ ForwardScan<T> a) {
-    constexpr int kAhead = 8;
+// USUAL: nobody wants the membrane of every step, or the gradient of beta. Said at compile time, it spares a third of
+// the instructions of a step, of which there are few enough for it to show.
+template <typename T>
+bool is_usual(const ForwardScan<T>& a) {
+    return a.p == nullptr && a.mem_seq == nullptr;
+}
+template <bool USUAL, typename T>
+__device__ __forceinline__ ForwardScan<T> known(ForwardScan<T> a) {
+    if (USUAL) a.p = a.mem_seq = nullptr;
+    return a;
+}
+
+template <typename T, int RESET, bool DOUBLE, bool USUAL>
+__global__ void __launch_bounds__(kScanThreads) forward_kernel(const __grid_constant__ ForwardScan<T> given) {
+    constexpr int kAhead = USUAL ? 8 : 6;                 // what is kept beside takes registers
+    constexpr bool kDelayed = RESET != kNone && !DOUBLE;  // r is then what spiked a step before, but for the first step
+    const ForwardScan<T> a = known<USUAL>(given);
+    const bool keep_p = a.p != nullptr;
     const Place place(a);
     if (!place.in_batch) return;
     const int lane = lane_id();
@@ -28,7 +43,11 @@ __global__ void __launch_bounds__(kScanThreads) forward_kernel(const __grid_cons
 
     const T beta = real ? of_neuron(a.beta, j) : T(0), threshold = real ? of_neuron(a.threshold, j) : T(0);
     T v = real && a.mem_before != nullptr ? in(a.mem_before)[at] : T(0);
-    T p = KEEP_P && real && a.p_before != nullptr ? in(a.p_before)[at] : T(0);
+    T p = keep_p && real && a.p_before != nullptr ? in(a.p_before)[at] : T(0);
+    if (kDelayed && a.reset_steps > 0) {
+        const uint32_t word = __ballot_sync(kWarp, real && v > threshold);
+        if (lane == 0) resets[place.sample * words + place.word] = word;
+    }
     T next[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) next[k] = real && k < a.steps ? current[k * step + at] : T(0);
@@ -48,7 +67,7 @@ __global__ void __launch_bounds__(kScanThreads) forward_kernel(const __grid_cons
             if (t >= a.steps) break;
             const bool r = v > threshold;
             if (RESET == kZero && r) v -= v;  // not 0: what is not finite stays so
-            if (KEEP_P) {
+            if (keep_p) {
                 if (RESET == kZero && r) p -= p;
                 p = beta * p + v;
             }
@@ -61,13 +80,13 @@ __global__ void __launch_bounds__(kScanThreads) forward_kernel(const __grid_cons
             if (real) {
                 if (is_active) {
                     x_out[t * step + at] = x;
-                    if (KEEP_P) p_out[t * step + at] = p;
+                    if (keep_p) p_out[t * step + at] = p;
                 }
                 if (mem_seq) mem_seq[t * step + at] = v;
             }
             const uint32_t fire_bits = __ballot_sync(kWarp, real && fires);
             const uint32_t active_bits = __ballot_sync(kWarp, real && is_active);
-            const uint32_t reset_bits = t < a.reset_steps ? __ballot_sync(kWarp, real && r) : 0u;
+            const uint32_t reset_bits = !kDelayed && t < a.reset_steps ? __ballot_sync(kWarp, real && r) : 0u;
             if (lane == k) spike_word = fire_bits, active_word = active_bits, reset_word = reset_bits;
         }
         const int64_t t = t0 + lane;
@@ -75,12 +94,12 @@ __global__ void __launch_bounds__(kScanThreads) forward_kernel(const __grid_cons
             const int64_t to = (t * a.batch + place.sample) * words + place.word;
             spikes[to] = spike_word;
             active[to] = active_word;
-            if (t < a.reset_steps) resets[to] = reset_word;
+            if (!kDelayed && t < a.reset_steps) resets[to] = reset_word;
         }
     }
     if (real) {
         out(a.mem)[at] = v;
-        if (KEEP_P) out(a.p_after)[at] = p;
+        if (keep_p) out(a.p_after)[at] = p;
     }
 }
 
@@ -91,9 +110,21 @@ struct Bits {
     int32_t offset = 0;
 };
 
-template <typename T, int RESET, bool DOUBLE>
-__global__ void __launch_bounds__(kScanThreads) backward_kernel(const __grid_constant__ BackwardScan<T> a) {
+// USUAL: no gradient on the membrane of every step, and none of beta asked for.
+template <typename T>
+bool is_usual(const BackwardScan<T>& a) {
+    return a.grad_mem_seq == nullptr && a.beta_sum == nullptr;
+}
+template <bool USUAL, typename T>
+__device__ __forceinline__ BackwardScan<T> known(BackwardScan<T> a) {
+    if (USUAL) a.grad_mem_seq = a.p = a.p_last = nullptr, a.beta_sum = nullptr;
+    return a;
+}
+
+template <typename T, int RESET, bool DOUBLE, bool USUAL>
+__global__ void __launch_bounds__(kScanThreads) backward_kernel(const __grid_constant__ BackwardScan<T> given) {
     constexpr int kAhead = 4;
+    const BackwardScan<T> a = known<USUAL>(given);
     const Place place(a);
     if (!place.in_batch || !place.real) return;  // no lane needs another here
     const int lane = lane_id();
@@ -105,11 +136,11 @@ __global__ void __launch_bounds__(kScanThreads) backward_kernel(const __grid_con
     const Global<T> delta_out(a.delta);
     const bool through_reset = DOUBLE && a.has_g, beta_by_mem = a.beta_sum != nullptr && a.p_last == nullptr;
 
-    // Steps count backwards: s = 0 is the chunk's last.
+    // Steps count backwards: s = 0 is the chunk's last. Past its first that is fetched again, and not used.
+    const auto step_of = [&](int64_t s) { return a.first_step + (s < a.steps ? a.steps - 1 - s : 0); };
     const auto fetch_bits = [&](int64_t s) {
         Bits<T> got;
-        const int64_t t = a.first_step + a.steps - 1 - s;
-        if (s >= a.steps) return got;
+        const int64_t t = step_of(s);
         const int64_t row = t * a.batch * words + word;
         got.active = __ldg(&active[row]);
         got.offset = __ldg(&active_offset[row]);
@@ -128,13 +159,11 @@ __global__ void __launch_bounds__(kScanThreads) backward_kernel(const __grid_con
     const auto entry = [&](const Bits<T>& bits) { return bits.offset + __popc(bits.active & below(lane)); };
     const auto fetch_values = [&](const Bits<T>& bits, int64_t s) {
         Values got{T(0), T(0), T(0)};
-        const int64_t t = a.first_step + a.steps - 1 - s;
-        if (s >= a.steps) return got;
         if ((bits.active >> lane & 1) != 0) {
             if (grad_x) got.grad_x = __ldg(&grad_x[entry(bits)]);
             if (p) got.p = __ldg(&p[entry(bits)]);
         }
-        if (grad_mem_seq) got.grad_mem = __ldg(&grad_mem_seq[t * step + at]);
+        if (grad_mem_seq) got.grad_mem = __ldg(&grad_mem_seq[step_of(s) * step + at]);
         return got;
     };
 
@@ -339,7 +368,7 @@ template <typename T>
 int leaky_forward(const ForwardScan<T>& a, Stream stream) {
     return with_rule(a.reset, a.reset_delay, [&](auto rule) {
         using R = decltype(rule);
-        if (a.p != nullptr)
+        if (is_usual(a))
             return launch(forward_kernel<T, R::reset, R::twice, true>, scan_grid(a), kScanThreads, stream, a);
         return launch(forward_kernel<T, R::reset, R::twice, false>, scan_grid(a), kScanThreads, stream, a);
     });
@@ -347,9 +376,13 @@ int leaky_forward(const ForwardScan<T>& a, Stream stream) {
 
 template <typename T>
 int leaky_backward(const BackwardScan<T>& a, Stream stream) {
-    return with_rule(a.reset, a.reset_delay, [&](auto rule) {
+    // A delayed reset that subtracts is detached: it shows in the gradient of the threshold alone.
+    const bool shows = a.reset != kSubtract || !a.reset_delay || a.threshold_sum != nullptr;
+    return with_rule(shows ? a.reset : kNone, a.reset_delay, [&](auto rule) {
         using R = decltype(rule);
-        return launch(backward_kernel<T, R::reset, R::twice>, scan_grid(a), kScanThreads, stream, a);
+        if (is_usual(a))
+            return launch(backward_kernel<T, R::reset, R::twice, true>, scan_grid(a), kScanThreads, stream, a);
+        return launch(backward_kernel<T, R::reset, R::twice, false>, scan_grid(a), kScanThreads, stream, a);
     });
 }
 

@@ -63,9 +63,10 @@ __global__ void __launch_bounds__(kThreads, 4)
         T value[kAhead];
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
-            if (e0 + k >= end) continue;
-            part[k] = load_pack<W>(w, __ldg(&indices[e0 + k]) * weight.stride);
-            value[k] = values ? __ldg(&values[e0 + k]) : T(1);
+            // Past the end the first row again, not added: behind a branch each row would wait for an index of its own.
+            const int32_t e = e0 + k < end ? e0 + k : e0;
+            part[k] = load_pack<W>(w, __ldg(&indices[e]) * weight.stride);
+            value[k] = values ? __ldg(&values[e]) : T(1);
         }
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
@@ -204,8 +205,11 @@ __global__ void __launch_bounds__(kGradThreads, 8)
     const Global<const uint32_t> bits = in(bits_) + i * segments;
     const Global<const T> delta(delta_);
     P sum{};
+    const auto fetch = [&](int64_t s) { return s + lane < end ? __ldg(&bits[s + lane]) : 0u; };
+    uint32_t next = fetch(begin);
     for (int64_t s0 = begin; s0 < end; s0 += kLanes) {
-        uint32_t word = s0 + lane < end ? __ldg(&bits[s0 + lane]) : 0u;
+        uint32_t word = next;
+        next = fetch(s0 + kLanes);
         int total;
         int at = sum_before(__popc(word), total);
         for (; word != 0; word &= word - 1)

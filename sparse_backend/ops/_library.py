@@ -87,7 +87,9 @@ def autograd(
     @once
     @not_compiled  # compiled code runs this op, whose Python the compiler would look into
     def gradients(ctx: Any, *grads: Any) -> Any:
-        result = exactly(backward, ctx, *grads)
+        # Autograd's zeros without memory (behind sgn, say) are no tensors that kernels could read.
+        given = [grad.clone() if grad is not None and grad._is_zerotensor() else grad for grad in grads]
+        result = exactly(backward, ctx, *given)
         return None, *[result[position] for position in learns]
 
     def below(keyset: Any, args: tuple[Any, ...]) -> Any:

@@ -23,7 +23,7 @@ _SKIP_FIRST, _SKIP_MOST = 4, 256
 
 
 class Patience:
-    """Whether to record once more: what never fuses steps is recorded ever more rarely."""
+    """Whether to record once more: what hardly fuses steps is recorded ever more rarely."""
 
     def __init__(self) -> None:
         self.skip, self.skip_next = 0, _SKIP_FIRST
@@ -35,27 +35,29 @@ class Patience:
         return lost
 
     def saw(self, into: Recording) -> None:
-        if into.longest <= 1:
-            self.skip, self.skip_next = self.skip_next, min(2 * self.skip_next, _SKIP_MOST)
-        else:
+        if into.was_worth_it:
             self.skip_next = _SKIP_FIRST
+        else:
+            self.skip, self.skip_next = self.skip_next, min(2 * self.skip_next, _SKIP_MOST)
 
 
 class FusionTally(Tally):
     """What the last recording of a module or a replica of it did, for `report`."""
 
-    __slots__ = ("calls", "forced", "forced_by", "longest", "recorded")
+    __slots__ = ("calls", "forced", "forced_by", "in_order", "longest", "recorded")
 
     def reset(self) -> None:
         self.recorded = False  #: whether there is anything to report
-        self.longest = 0  #: steps run as one sequence
+        self.longest = 0  #: steps that a neuron layer ran as one sequence
         self.calls = 0  #: calls of one layer
+        self.in_order = False  #: whether some layer had to run in step order
         self.forced_by: str | None = None  #: the user's line that needed values before the forward ended
         self.forced = 0  #: how often that happened
 
     def note(self, into: Recording) -> None:
         self.recorded = True
-        self.longest, self.calls, self.forced_by, self.forced = into.longest, into.calls, into.forced_by, into.forced
+        self.longest, self.calls, self.in_order = into.longest, into.calls, into.in_order
+        self.forced_by, self.forced = into.forced_by, into.forced
 
 
 class FusionState:

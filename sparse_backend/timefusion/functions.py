@@ -131,12 +131,19 @@ _VIEWS = {
 _PURE = {*_ELEMENTWISE, *_RESHAPES, *_SAMPLEWISE, *_OVER_LAST_DIMS, *_STEPWISE}
 _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
+
+def _names_of(function: Any) -> tuple[str, ...]:
+    """The names of a Python function's arguments; none of one in C."""
+    code = getattr(function, "__code__", None)
+    return () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
 #: writes to their first argument: the pure function whose result it then holds
 _IN_PLACE = {
     Tensor.add_: Tensor.add, Tensor.sub_: Tensor.sub, Tensor.mul_: Tensor.mul, Tensor.div_: Tensor.div,
     Tensor.clamp_: Tensor.clamp, Tensor.relu_: Tensor.relu, torch.relu_: torch.relu,
 }  # fmt: skip
-_WITH_INPLACE_FLAG = {F.relu, F.leaky_relu, F.elu, F.silu, F.selu, F.hardtanh, F.relu6, F.hardsigmoid, F.hardswish}
+_WITH_INPLACE_FLAG = {function for function in _PURE if "inplace" in _names_of(function)}
 
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device, slice, type(Ellipsis))
 

@@ -255,6 +255,7 @@ class Site:
     most = sys.maxsize
     #: whether it may run before its turn so that a layer behind it sees more steps at once
     pulled = True
+    is_neuron = False
 
     def __init__(self, recording: Recording, reads: Sequence[Tensor] = ()) -> None:
         """reads: the caller's tensors that every call of this site uses, as they are now."""
@@ -335,7 +336,10 @@ class Recording:
         self.lazy: list[weakref.ref[TensorLike]] = []  #: currents of linear layers that have run, not computed yet
         self.waiting: list[Any] = []  #: the caller's tensors that wait for writes: see `buffers.py`
         self.summed: dict[int, Tensor] = {}  #: the caller's tensors that a running sum began with
-        self.longest = 0  #: steps of the longest run so far
+        self.longest = 0  #: steps of a neuron layer's longest run so far
+        self.ran = self.runs = 0  #: calls that have run, and in how many runs
+        self.chunk = sys.maxsize  #: most calls that layers now run at once
+        self.in_order = False  #: whether a neuron layer ran a call alone, since the next waited for what it gives
         self.calls = 0  #: most calls of one site: where none was called twice, there was no loop
         self.holders: list[Any] = []  #: states of layers that know their last call's site
         self.put_back: dict[Any, Callable[[], None]] = {}  #: module that holds its own state -> gives it values
@@ -360,6 +364,11 @@ class Recording:
         self.sparse.clear()
         self.lazy.clear()
         self._has_read()
+
+    @property
+    def was_worth_it(self) -> bool:
+        """Whether calls ran together: where most run alone, in step order, recording them costs more than it spares."""
+        return 0 < 2 * self.runs <= self.ran
 
     def accepts(self) -> bool:
         """Whether a call made now may be recorded: torch is in the state that recorded calls will run under. Inside
@@ -462,10 +471,10 @@ class Recording:
         sites = {id(node.site): node.site for node in pending}.values()
         try:
             self._check_unchanged(sites)
-            chunk = min(site.most for site in sites)
+            self.chunk = min(site.most for site in sites)
             for site in sites:
                 if site.most < sys.maxsize:
-                    site.most = chunk  # one for all: what a run made is then taken whole by the next
+                    site.most = self.chunk  # one for all: what a run made is then taken whole by the next
             with paused(), undisturbed(self.hooks, self.inference):
                 for node in pending:
                     if node.run is None:
@@ -516,7 +525,9 @@ class Recording:
                     site.execute(nodes)
         for node in nodes:
             node.inputs = node.states = ()  # whoever keeps one output keeps no others
-        self.longest = max(self.longest, len(nodes))
+        self.ran, self.runs = self.ran + len(nodes), self.runs + 1
+        if site.is_neuron:
+            self.longest = max(self.longest, len(nodes))
 
     def _ready(self, site: Site) -> list[Node]:
         """The next call of a site, and the later ones that need nothing but what has run and their own past."""
@@ -531,6 +542,7 @@ class Recording:
                     return nodes
             for ref in later.inputs:
                 if type(ref) is tuple and ref[0].run is None and not self._pull(ref[0]):
+                    self.in_order |= site.is_neuron and len(nodes) == 1 and self.chunk == sys.maxsize
                     return nodes
             nodes.append(later)
         return nodes
@@ -538,7 +550,8 @@ class Recording:
     def _pull(self, node: Node) -> bool:
         """Run a call before its turn, if nothing it needs stands in the way."""
         site = node.site
-        if not site.pulled or site.gathering or site.queue[site.place] is not node:
+        waits = not site.pulled or (site.is_neuron and self.chunk < sys.maxsize)  # what others read must stay in cache
+        if waits or site.gathering or site.queue[site.place] is not node:
             return False
         for ref in (*node.inputs, *node.states):
             if type(ref) is tuple and ref[0].run is None and not self._pull(ref[0]):

@@ -275,7 +275,7 @@ class NeuronSite(Site):
     from `states_at` on), and the last step of each, None where it is cut from the sequence.
     """
 
-    pulled = False  # it is what the others wait for
+    is_neuron = True
 
     def __init__(
         self, recording: Recording, step: Callable[..., Any], sequence: Callable[..., Any], reads: Sequence[Tensor]
