@@ -59,7 +59,6 @@ _SAMPLEWISE = {
     F.max_pool1d: 3, F.max_pool2d: 4, F.max_pool3d: 5, torch.max_pool1d: 3, torch.max_pool2d: 4, torch.max_pool3d: 5,
     F.avg_pool1d: 3, F.avg_pool2d: 4, F.avg_pool3d: 5, torch.avg_pool1d: 3,
     F.adaptive_avg_pool1d: 3, F.adaptive_avg_pool2d: 4, F.adaptive_max_pool1d: 3, F.adaptive_max_pool2d: 4,
-    F.group_norm: 0, torch.group_norm: 0,
 }  # fmt: skip
 
 #: the same where the dimensions they normalise over, their second argument, are fewer than all
@@ -81,6 +80,7 @@ _STEPWISE = {
     torch.bmm, Tensor.bmm, torch.einsum, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute, Tensor.t,
     Tensor.detach, Tensor.clone, torch.clone, Tensor.contiguous, Tensor.__getitem__, F.pad, F.interpolate,
     F.normalize, torch.zeros_like, torch.ones_like, torch.detach,
+    F.group_norm, torch.group_norm,  # whose backward takes longer of many samples together
     F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
     torch.stack, torch.max, Tensor.max, torch.min, Tensor.min, torch.prod, Tensor.prod, torch.cumsum, Tensor.cumsum,
     torch.any, Tensor.any, torch.all, Tensor.all, torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.mv,
