@@ -22,8 +22,8 @@ from torch import Tensor
 from sparse_backend import policy, surrogate
 from sparse_backend.dynamics import LI, LIF, LIF_RESETS
 from sparse_backend.layer_state import LayerState
+from sparse_backend.ops import FLOATS
 
-_FLOATS = (torch.float32, torch.float64)
 _RESETS = {reset_functions.reset_value: "value", reset_functions.reset_subtract: "subtract"}
 
 
@@ -236,7 +236,7 @@ def _why_framework(kind: Kind, parts: Parts, shape: torch.Size, dtype: torch.dty
         return f"its activation is {name}, not Norse's {kind.step.__name__}"
     if parts.reset_method is not None and parts.reset_method not in _RESETS:
         return "its reset_method is not one of Norse's"
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         return f"its input is {dtype}, not float32 or float64"
     if not shape.numel():
         return f"its input has shape {list(shape)}"

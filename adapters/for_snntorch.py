@@ -24,12 +24,12 @@ from sparse_backend.execute import can_trace, run_leaky, run_leaky_traced
 from sparse_backend.execute_lif import run_lif_traced
 from sparse_backend.layer_state import STATE, LayerState
 from sparse_backend.layers import is_surrounded, own_forward
-from sparse_backend.tensorlike import dense_of, under_saved_tensor_hooks
+from sparse_backend.ops import FLOATS
+from sparse_backend.tensorlike import dense_of, shaped, under_saved_tensor_hooks
 from sparse_backend.timefusion import recorder
 
 from .for_snntorch_fused import record
 from .for_snntorch_plan import (
-    FLOATS,
     KINDS,
     Kind,
     Plan,
@@ -244,7 +244,7 @@ def _forward(module: Any, state: LayerState, input_: Any, mem: Any) -> Any:
     )
     spikes, after = result.spikes, result.mem_last
     if reshaped:
-        after = torch.ops.aten._unsafe_view(after, shape)
+        after = shaped(after, shape)
     count(
         state, result, 1, flat[0] * flat[1], plan.b_th, plan.why_dense, dtype.itemsize,
         asked_dense=go_dense, of_events=deferred,

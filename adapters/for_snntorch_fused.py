@@ -14,7 +14,7 @@ from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent, unusual
 from sparse_backend.execute import run_leaky
 from sparse_backend.layer_state import LayerState
-from sparse_backend.tensorlike import dense_of, learns_of, under_saved_tensor_hooks
+from sparse_backend.tensorlike import dense_of, learns_of, shaped, under_saved_tensor_hooks
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite
 
@@ -171,7 +171,4 @@ def _run(state: LayerState, plan: Any, current: Any, steps: int, start: Any, kee
         state, result, steps, entries, plan.b_th, plan.why_dense, plan.dtype.itemsize,
         in_time=steps > 1, asked_dense=asked_dense, of_events=type(current) is DeferredCurrent,
     )  # fmt: skip
-    mem_last = result.mem_last
-    if mem_last.shape != plan.shape:  # not a view: users detach_() membranes as they do any tensor
-        mem_last = torch.ops.aten._unsafe_view(mem_last, plan.shape)
-    return result.spikes, mem_last, result.mem_seq
+    return result.spikes, shaped(result.mem_last, plan.shape), result.mem_seq

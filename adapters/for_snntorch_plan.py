@@ -14,8 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from sparse_backend import dynamics, policy, surrogate
 from sparse_backend.layer_state import LayerState
+from sparse_backend.ops import FLOATS
 
-FLOATS = (torch.float32, torch.float64)
 RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}  # a neuron's state functions
 ONE_TO_ONE = (rleaky.RecurrentOneToOne, rsynaptic.RecurrentOneToOne)
 #: parts of a recurrent connection that give the same twice

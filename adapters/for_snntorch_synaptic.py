@@ -16,7 +16,7 @@ from sparse_backend import autocasting, policy
 from sparse_backend.deferred import DeferredCurrent, WeightHub, unusual
 from sparse_backend.execute_lif import LIFResult, run_lif
 from sparse_backend.layer_state import LayerState
-from sparse_backend.tensorlike import dense_of, learns_of, under_saved_tensor_hooks
+from sparse_backend.tensorlike import dense_of, learns_of, shaped, under_saved_tensor_hooks
 
 from .for_snntorch_plan import (
     ONE_TO_ONE,
@@ -170,11 +170,6 @@ def _with_bias(current: Any, bias: Tensor) -> Any:
 def _flat(part: Any, plan: SynapticPlan) -> Any:
     """A state as the engine takes it, [B, N]."""
     return part if part is None or part.shape == plan.flat else dense_of(part).reshape(plan.flat)
-
-
-def shaped(x: Tensor, shape: torch.Size) -> Tensor:
-    """Not a view: users detach_() states as they do any tensor."""
-    return x if x.shape == shape else torch.ops.aten._unsafe_view(x, shape)
 
 
 def current_learns(plan: SynapticPlan, *causes: Any) -> bool:

@@ -12,7 +12,7 @@ from sparse_backend import autocasting, policy, surrogate
 from sparse_backend.convolution import DeferredConvolution
 from sparse_backend.deferred import DeferredCurrent, is_finite, unusual
 from sparse_backend.layer_state import LayerState
-from sparse_backend.tensorlike import TensorLike, dense_of, learns_of, under_saved_tensor_hooks
+from sparse_backend.tensorlike import TensorLike, dense_of, learns_of, shaped, under_saved_tensor_hooks
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, take, use
 from sparse_backend.timefusion.sites import NeuronSite
 
@@ -25,7 +25,7 @@ from .for_snntorch_plan import (
     same_objects,
     synaptic_plan_for,
 )
-from .for_snntorch_synaptic import current_learns, handed_out, run, run_step, shaped
+from .for_snntorch_synaptic import current_learns, handed_out, run, run_step
 from .shared import limit_steps, taken
 
 _ZEROS = object()  #: the state of a layer that begins

@@ -11,11 +11,9 @@ from sparse_backend import policy
 from sparse_backend.autocasting import NARROW, dtype_of, lowered, rounded, widened
 from sparse_backend.deferred import DeferredCurrent, WeightHub, is_finite
 from sparse_backend.events import EventTensor
-from sparse_backend.ops import keeping
+from sparse_backend.ops import FLOATS, keeping
 from sparse_backend.reference.linear_leaky import sums_dtype
 from sparse_backend.surrogate import SpikeGrad, inspect
-
-_FLOATS = (torch.float32, torch.float64)
 
 
 def check_tensors(optional: tuple[str, ...] = (), **tensors: Any) -> None:
@@ -27,7 +25,7 @@ def check_tensors(optional: tuple[str, ...] = (), **tensors: Any) -> None:
 
 def check_like(like: Tensor, **others: Tensor | None) -> None:
     """All float32 or float64 as `like`, and on its device; half or bfloat16 too on CUDA."""
-    if like.dtype not in _FLOATS and not (like.device.type == "cuda" and like.dtype in NARROW):
+    if like.dtype not in FLOATS and not (like.device.type == "cuda" and like.dtype in NARROW):
         raise TypeError(f"weight: expected float32 or float64, got {like.dtype}")
     for name, other in others.items():
         if other is None:
@@ -139,7 +137,7 @@ def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None)
     events = EventTensor.from_dense(x)
     if events is not x:
         keeping.made(events.columns, events.indices)
-    events = events.to(weight.dtype) if weight.dtype in _FLOATS else _with_float_values(events)
+    events = events.to(weight.dtype) if weight.dtype in FLOATS else _with_float_values(events)
     # how long the list is needs no waiting for the device
     crowded = events.indices.numel() > policy.MAX_INPUT * events.numel() and not policy.is_captured(weight)
     crowded = crowded and events.density > policy.MAX_INPUT  # which a capture has no number for
@@ -172,6 +170,6 @@ def given_current(current: Any) -> Tensor:
     if current.dim() != 3:
         raise ValueError(f"current: expected [T, B, N], got {list(current.shape)}. Flatten what follows the batch")
     current = widened(current.to_dense() if type(current) is EventTensor else current.contiguous())
-    if current.dtype not in _FLOATS:
+    if current.dtype not in FLOATS:
         raise TypeError(f"current: expected float32 or float64, got {current.dtype}")
     return current

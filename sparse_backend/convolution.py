@@ -17,11 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparse_backend import _native, autocasting, policy
 from sparse_backend.deferred import WeightHub, is_finite, unusual
 from sparse_backend.events import EventTensor
+from sparse_backend.ops import FLOATS
 from sparse_backend.ops.event_conv import AVERAGE_POOL, MAX_POOL, NO_POOL, Geometry, call_event_conv
 from sparse_backend.ops.events_pool import events_pool
-from sparse_backend.tensorlike import TensorLike, implements, undisturbed
+from sparse_backend.tensorlike import TensorLike, implements, shaped, undisturbed
 
-_FLOATS = (torch.float32, torch.float64)
 _MOST_OF_WINDOW = 256  #: the place of a maximum in its window is kept in one byte
 
 
@@ -54,8 +54,8 @@ class DeferredConvolution(TensorLike):
             with torch.set_grad_enabled(self._learns), undisturbed(inference=not self._learns):
                 if self._view_of is not None:
                     self._dense = self._view_of.to_dense().view(self.shape)
-                else:  # not a view: users detach_() currents as they do any tensor
-                    self._dense = torch.ops.aten._unsafe_view(self._convolved(), self.shape)
+                else:
+                    self._dense = shaped(self._convolved(), self.shape)
         return self._dense
 
     def _convolved(self) -> Tensor:
@@ -117,7 +117,7 @@ def convolve(
         return "it has groups"
     if events.shape[-3] != weight.shape[1]:
         return f"its input has {events.shape[-3]} channels, its weight {weight.shape[1]}"
-    if events.dtype != weight.dtype or weight.dtype not in _FLOATS:
+    if events.dtype != weight.dtype or weight.dtype not in FLOATS:
         return f"its weight is {weight.dtype}, its input {events.dtype}"
     if bias is not None and (bias.dtype != weight.dtype or bias.shape != weight.shape[:1]):
         return "its bias is not like its weight"
@@ -172,7 +172,7 @@ def pool(spikes: EventTensor, average: bool, kernel: tuple[int, int]) -> EventTe
 
     The gradient of a maximum reaches the first of equals, as torch has it: of spikes the first, of none the corner.
     """
-    if spikes.values is not None or spikes.columns != spikes.shape[-3:].numel() or spikes.dtype not in _FLOATS:
+    if spikes.values is not None or spikes.columns != spikes.shape[-3:].numel() or spikes.dtype not in FLOATS:
         return None
     if (spikes.learns and spikes.active_ptr is None) or not spikes.numel() or not available(spikes.device):
         return None
@@ -223,7 +223,7 @@ def can_be_events(images: Any) -> bool:
     return (
         type(images) is Tensor
         and images.dim() == 4
-        and images.dtype in _FLOATS
+        and images.dtype in FLOATS
         and not images.requires_grad
         and images.layout is torch.strided
         and images.numel() > 0

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from sparse_backend import _native, autocasting, policy
 from sparse_backend.events import EventTensor
+from sparse_backend.ops import FLOATS
 from sparse_backend.ops import hub as hubs
 from sparse_backend.ops.event_linear import call_event_linear
 from sparse_backend.reference.linear_leaky import sums_dtype
-from sparse_backend.tensorlike import TensorLike, implements, inside_custom_function, undisturbed
+from sparse_backend.tensorlike import TensorLike, implements, inside_custom_function, shaped, undisturbed
 
-_FLOATS = (torch.float32, torch.float64)
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -270,8 +270,7 @@ class DeferredCurrent(TensorLike):
                     events.row_ptr, events.indices, events.values, events.handle, events.active_ptr,
                     events.active_indices, hub.weight, hub.bias, hub.token, hub.id,
                 )  # fmt: skip
-            # Not a view: users detach_() currents as they do any tensor.
-            self._dense = flat if flat.shape == self.shape else torch.ops.aten._unsafe_view(flat, self.shape)
+            self._dense = shaped(flat, self.shape)
             for reader in self._readers:
                 reader.watch(self._dense)
         return self._dense
@@ -287,7 +286,7 @@ def defer(
 
     Raises RuntimeError as torch does where the sizes do not fit. cache: the Linear's own, if it has one.
     """
-    if events.dtype != weight.dtype or weight.dtype not in _FLOATS or weight.dim() != 2:
+    if events.dtype != weight.dtype or weight.dtype not in FLOATS or weight.dim() != 2:
         return None
     if events.columns != events.shape[-1]:
         return None

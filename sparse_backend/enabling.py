@@ -99,7 +99,7 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
 
     Raises TypeError for a net that is no module, ValueError for a wrong b_th or an unknown name, before anything is
     changed. Warns (UserWarning) where nothing can be accelerated, and of surrogates whose automatic band is too broad.
-    Source: Perez-Nieves & Goodman, NeurIPS 2021, section 3; the equations are those of docs/design.md.
+    Source: Perez-Nieves & Goodman 2021, equations 9-14; docs/design.md.
     """
     check_module(net)
     found = list(neurons(net))

@@ -30,10 +30,10 @@ from torch.nn import functional as F
 
 from sparse_backend import _native
 from sparse_backend.ops.events import call_events_sum, call_events_to_dense, events_from_dense, events_gather
-from sparse_backend.tensorlike import TensorLike, implements, undisturbed
+from sparse_backend.tensorlike import TensorLike, implements, shaped, undisturbed
 
 _INT32_MAX = 2**31 - 1
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_OF_SPIKES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _OF_KERNELS = (torch.float32, torch.float64, torch.bool, torch.uint8)
 
 
@@ -193,7 +193,7 @@ class EventTensor(TensorLike):
         plain = dense.detach()
         if row_dims > 1:
             plain = plain.flatten(-row_dims)
-        if plain.dtype not in _OF_KERNELS and not (plain.is_cuda and plain.dtype in _FLOATS):
+        if plain.dtype not in _OF_KERNELS and not (plain.is_cuda and plain.dtype in _OF_SPIKES):
             # half precision, which float32 holds, or whole numbers
             plain = plain.to(torch.float32 if plain.is_floating_point() else torch.get_default_dtype())
         row_ptr, indices, values = events_from_dense(plain, max_density)
@@ -406,9 +406,7 @@ class EventTensor(TensorLike):
         if like.dtype not in _OF_KERNELS:
             like, values = like.float(), None if values is None else values.float()
         parts = (self.row_ptr, self.indices, values, self.active_ptr, self.active_indices)
-        flat = call_events_to_dense(like, *parts, self.columns).to(self.dtype)
-        # Not a view: users detach_() spikes as they do any tensor.
-        return flat if flat.shape == self.shape else torch.ops.aten._unsafe_view(flat, self.shape)
+        return shaped(call_events_to_dense(like, *parts, self.columns).to(self.dtype), self.shape)
 
     def step(self, t: int) -> EventTensor:
         """`x[t]`: the events of one index of the first dimension, a view. Raises IndexError outside it."""
@@ -615,7 +613,7 @@ class EventTensor(TensorLike):
         if device is not None and device != self.device:
             result = result._map(lambda part: part.to(device, non_blocking=non_blocking))
         if dtype is not None and dtype != self.dtype:
-            if dtype not in _FLOATS:
+            if dtype not in _OF_SPIKES:
                 return result.to_dense().to(dtype)
             result = result._map(lambda part: part.to(dtype) if part.is_floating_point() else part)
             result.dtype = dtype
@@ -759,7 +757,7 @@ def _sum(input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None
         return NotImplemented
     dim = axis if dim is None else dim
     dtype = input.dtype if dtype is None else dtype
-    if dim not in (0, (0,), [0]) or keepdim or dtype not in _FLOATS or more:
+    if dim not in (0, (0,), [0]) or keepdim or dtype not in _OF_SPIKES or more:
         return NotImplemented
     if not input.numel() or not _are_rows(input.shape[1:], input.columns):
         return NotImplemented

@@ -20,6 +20,7 @@ from sparse_backend.ops.events import events_to_dense
 from sparse_backend.ops.leaky import NONE, SUBTRACT, ZERO, LeakyOutput, call_leaky, leaky
 from sparse_backend.ops.leaky_dense import call_leaky_dense, leaky_dense
 from sparse_backend.ops.linear_leaky import call_linear_leaky
+from sparse_backend.tensorlike import shaped
 
 
 class Result(NamedTuple):
@@ -174,8 +175,7 @@ def _run_dense(
         spikes = surrogate.spikes(spike_grad, x, g)
     if graded is not None:
         spikes = spikes * graded
-    if spikes.shape != current.shape:  # not a view: users detach_() spikes as they do any tensor
-        spikes = torch.ops.aten._unsafe_view(spikes, current.shape)
+    spikes = shaped(spikes, current.shape)
     kept = kept * x.numel() * x.element_size() if x.requires_grad else 0
     if kept and mem_seq.dim() == 3 and not keep_mem:
         kept += mem_seq.numel() * x.element_size()

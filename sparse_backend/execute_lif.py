@@ -21,6 +21,7 @@ from sparse_backend.ops.leaky import NONE
 from sparse_backend.ops.lif import VALUE, LIFOutput, call_lif, lif
 from sparse_backend.ops.linear_lif import call_linear_lif
 from sparse_backend.tensorlike import dense as dense_of
+from sparse_backend.tensorlike import shaped
 
 
 class LIFResult(NamedTuple):
@@ -146,7 +147,7 @@ def run_li(
     out = _Arguments(current, shape, silent, v, i, None, keep_states).forward(math.inf, True, 1.0, None)
     v_seq, synaptic = out.x, neuron.syn_decay is not None
     return LIResult(
-        v_seq if v_seq.shape == current.shape else torch.ops.aten._unsafe_view(v_seq, current.shape),
+        shaped(v_seq, current.shape),
         out.v_last,
         out.i_last if synaptic else None,
         out.i_seq if keep_states and synaptic else None,
@@ -244,9 +245,7 @@ def _run_sparse(
 
 def _run_dense(arguments: _Arguments, spike_grad: surrogate.SpikeGrad, b_th: float) -> LIFResult:
     out = arguments.forward(b_th, True, 1.0, spike_grad)
-    spikes = arguments.spikes(spike_grad, out.x)
-    if spikes.shape != arguments.current_shape:  # not a view: users detach_() spikes as they do any tensor
-        spikes = torch.ops.aten._unsafe_view(spikes, arguments.current_shape)
+    spikes = shaped(arguments.spikes(spike_grad, out.x), arguments.current_shape)
     kept = 0
     if out.x.requires_grad:
         kept = _bytes(spikes) + arguments.kept(out)

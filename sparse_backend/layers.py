@@ -15,13 +15,13 @@ from sparse_backend import autocasting, convolution, policy
 from sparse_backend.deferred import WeightCache, defer, unusual
 from sparse_backend.events import EventTensor
 from sparse_backend.layer_state import STATE
+from sparse_backend.ops import FLOATS
 from sparse_backend.tensorlike import dense_of, under_saved_tensor_hooks
 from sparse_backend.timefusion import recorder
 from sparse_backend.timefusion.functions import record_convolution
 from sparse_backend.timefusion.recorder import Placeholder, Recording, is_watchable, use
 from sparse_backend.timefusion.sites import LinearSite, once
 
-_FLOATS = (torch.float32, torch.float64)
 _SKIP_FIRST, _SKIP_MOST = 16, 1024
 _LOOK_EVERY = 16
 _ELSEWHERE: Any = object()
@@ -168,7 +168,7 @@ def linear(state: LinearState, weight: Tensor, bias: Tensor | None, input: Any) 
         elif (
             (kind is Tensor or kind is Parameter)
             and input.dtype is weight.dtype
-            and input.dtype in _FLOATS
+            and input.dtype in FLOATS
             and input.dim()
             and input.layout is torch.strided
             and input.shape[-1] == weight.shape[1]
@@ -257,7 +257,7 @@ def record_linear(
     shape = input.shape
     if len(shape) != 2 or shape[1] != weight.shape[1] or input.dtype is not weight.dtype or not shape.numel():
         return None
-    if weight.dtype not in _FLOATS or input.device != weight.device or unusual() is not None:
+    if weight.dtype not in FLOATS or input.device != weight.device or unusual() is not None:
         return None
     if (
         site is None

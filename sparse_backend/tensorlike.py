@@ -86,6 +86,11 @@ def dense(value: Any) -> Any:
     return tree_map(dense_of, value)
 
 
+def shaped(x: Tensor, shape: torch.Size) -> Tensor:
+    """x in this shape, which shows what x does and yet is no view: users detach_() what they are handed."""
+    return x if x.shape == shape else torch.ops.aten._unsafe_view(x, shape)
+
+
 def learns_of(x: Any) -> bool:
     """Whether gradients flow to a tensor, without asking a stand-in for its dense form."""
     return x.learns if isinstance(x, TensorLike) else x.requires_grad
