@@ -50,7 +50,7 @@ class DeferredConvolution(TensorLike):
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         if self._dense is None:
-            # In the mode it was made in, whoever asks first.
+            # In the grad mode it was made in, not that of its first reader.
             with torch.set_grad_enabled(self._learns), undisturbed(inference=not self._learns):
                 if self._view_of is not None:
                     self._dense = self._view_of.to_dense().view(self.shape)

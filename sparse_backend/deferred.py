@@ -50,7 +50,7 @@ class WeightHub:
     def weight(self) -> Tensor:
         """[N, M], as the linear layer multiplies with it."""
         if self._lowered is None:
-            with torch.enable_grad():  # whoever asks first
+            with torch.enable_grad():  # its first reader may be under no_grad
                 self._lowered = autocasting.lowered(self.given, self.narrow)
         return self._lowered
 
@@ -193,7 +193,7 @@ def _sums(weight: Tensor, bias: Tensor | None) -> tuple[float, float]:
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Where it is not, zeros of the input count too: 0 * inf. On another device nobody looks: it would wait for it."""
+    """Where it is not, zeros of the input count too: 0 * inf. Not checked on another device: the check would wait."""
     return not policy.reads_at_once(weight.device) or math.isfinite(float(weight.detach().sum()))
 
 

@@ -382,7 +382,7 @@ class EventTensor(TensorLike):
         return super().dense_from_now_on()
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
-        """The dense tensor [..., N]; made once, differentiable where the handle is, whoever asks first."""
+        """The dense tensor [..., N]; made once, differentiable where the handle is, even for a reader under no_grad."""
         if self._dense is None or (self._dense.is_inference() and not torch.is_inference_mode_enabled()):
             learns = self.learns
             with torch.set_grad_enabled(learns or torch.is_grad_enabled()), undisturbed(inference=not learns):
@@ -421,7 +421,7 @@ class EventTensor(TensorLike):
             if view is not None:
                 return view
         if self._steps is None:
-            with torch.set_grad_enabled(self.learns or torch.is_grad_enabled()):  # whoever asks first
+            with torch.set_grad_enabled(self.learns or torch.is_grad_enabled()):  # its reader may be under no_grad
                 self._steps = self._split()
             for part in self._steps:
                 part._origin = weakref.ref(self)

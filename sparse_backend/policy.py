@@ -42,7 +42,7 @@ LARGE_STEP_BYTES, DENSE_BYTES = 1 << 20, 8 << 20
 #: bytes of input and output that convolutions and pooling are given at once: more steps than that leave the cache
 CHUNK_BYTES = 4 << 20
 
-#: so many times that where they may run on events: the image before pooling is then never there
+#: factor on CHUNK_BYTES where a convolution may run on events: the image before pooling is then never stored
 EVENT_CHUNKS = 8
 
 #: input events above this fraction of all go through torch's convolution where no pooling is behind it; with pooling

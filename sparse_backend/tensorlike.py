@@ -116,7 +116,7 @@ _AUTOGRAD = _Keys(_Key.AutogradFunctionality) | _Keys(_Key.ADInplaceOrView)
 
 @contextmanager
 def undisturbed(wanted: Any = None, inference: bool = False) -> Iterator[None]:
-    """Torch as it is to user code: what a stand-in stands for is computed once, whoever asks first.
+    """Torch as it is to user code: what a stand-in stands for is computed once, not in its first reader's mode.
 
     Without the saved-tensor hooks entered since `wanted` were the innermost; with none by default: a stand-in that is
     made dense inside a checkpoint has its numbers when the checkpoint runs again, which must save as much. Outside

@@ -79,7 +79,7 @@ class Run:
         steps = self._steps[slot]
         if steps is None:
             sequence = self.sequence(slot)
-            # Whoever asks first.
+            # In the mode it ran in, not that of its first reader.
             with undisturbed(_hooks(True), self._inference), torch.set_grad_enabled(self._mode):
                 if type(sequence) is EventTensor and sequence.is_events and sequence.has_steps:
                     steps = [sequence.step(t) for t in range(self.length)]
