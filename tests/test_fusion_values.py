@@ -3,6 +3,7 @@ graph. And loops in modules that a method of the enabled model calls."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -254,6 +255,35 @@ def test_layers_that_wait_for_each_other_are_told_of(loop: Loop, what: str) -> N
     net(frames())
     why = "what they are given depends on what later layers gave in the step before."
     assert note_of(net) == f"Time fusion: {what}: {why}"
+
+
+class Deep(nn.Module):
+    """More layers than Python has calls in one another, and the last one's spikes reach the first every other step."""
+
+    def __init__(self, spike_grad: Any) -> None:
+        super().__init__()
+        self.fcs = nn.ModuleList(nn.Linear(4, 4) for _ in range(350))
+        self.lifs = nn.ModuleList(leaky(spike_grad, 0.9, 0.5) for _ in self.fcs)
+
+    def forward(self, x: Any) -> Any:
+        mems, back, total = [lif.reset_mem() for lif in self.lifs], 0, 0
+        for t, step in enumerate(x):
+            spk = step + back
+            for i, (fc, lif) in enumerate(zip(self.fcs, self.lifs, strict=True)):
+                spk, mems[i] = lif(1.1 * fc(spk), mems[i])
+            back = back if t % 2 else 0.1 * spk
+            total = total + spk
+        return total
+
+
+def test_a_net_deeper_than_pythons_stack() -> None:
+    torch.manual_seed(0)
+    net = Deep(SPIKE_GRAD).double()
+    with torch.no_grad():
+        for fc in net.fcs:
+            fc.bias += 0.4
+        ours, x = sparse_backend.enable(copy.deepcopy(net), b_th=0.15), frames()[:, :, :4]
+        assert_close(ours(x), net(x))
 
 
 class Refused(nn.Module):

@@ -27,6 +27,9 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _make_subclass = Tensor._make_subclass
 _weak = weakref.ref
 
+#: most calls that run before their turn for one another: a chain of them is a chain of Python's own calls
+_DEEPEST = 64
+
 
 class Run:
     """What one execution of a site gave: per output a sequence, and its steps when somebody asks for one."""
@@ -339,6 +342,7 @@ class Recording:
         self.longest = 0  #: steps of a neuron layer's longest run so far
         self.ran = self.runs = 0  #: calls that have run, and in how many runs
         self.chunk = sys.maxsize  #: most calls that layers now run at once
+        self.pulling = 0  #: calls that now run before their turn, one for the other
         self.in_order = False  #: whether a neuron layer ran a call alone, since the next waited for what it gives
         self.calls = 0  #: most calls of one site: where none was called twice, there was no loop
         self.holders: list[Any] = []  #: states of layers that know their last call's site
@@ -551,12 +555,16 @@ class Recording:
         """Run a call before its turn, if nothing it needs stands in the way."""
         site = node.site
         waits = not site.pulled or (site.is_neuron and self.chunk < sys.maxsize)  # what others read must stay in cache
-        if waits or site.gathering or site.queue[site.place] is not node:
+        if waits or site.gathering or site.queue[site.place] is not node or self.pulling >= _DEEPEST:
             return False
-        for ref in (*node.inputs, *node.states):
-            if type(ref) is tuple and ref[0].run is None and not self._pull(ref[0]):
-                return False
-        self._run(site)
+        self.pulling += 1
+        try:
+            for ref in (*node.inputs, *node.states):
+                if type(ref) is tuple and ref[0].run is None and not self._pull(ref[0]):
+                    return False
+            self._run(site)
+        finally:
+            self.pulling -= 1
         return True
 
     def finish(self) -> None:
