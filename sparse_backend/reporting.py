@@ -110,12 +110,12 @@ def _fusion(net: nn.Module, layers: list[LayerReport]) -> str | None:
         if longest == 1:
             return f"Time fusion: the forward is one step. {_FUSE}"
     what = f"up to {longest} steps ran as one sequence" if longest > 1 else "every step ran alone"
-    if fusion.forced > 1 or (fusion.forced and not (longest > 1 or fusion.in_order)):
-        times = f" ({fusion.forced} times in the last forward)" if fusion.forced > 1 else ""
-        return f"Time fusion: {what}. {fusion.forced_by} needed a value before the loop ended{times}."
-    if fusion.in_order:  # forced once: when all steps were there
+    if fusion.forced > 1:  # once: when all steps were there
+        times = f"{fusion.forced} times in the last forward"
+        return f"Time fusion: {what}. {fusion.forced_by} needed a value before the loop ended ({times})."
+    if fusion.in_order and any(layer.at_once == 1 for layer in layers):
         who = "other layers one at a time" if longest > 1 else "in their order"
-        return f"Time fusion: {what}, {who}: what they are given depends on what later layers gave in the step before."
+        return f"Time fusion: {what}, {who}: what they are given depends on what the step before gave."
     return f"Time fusion: {what}."
 
 

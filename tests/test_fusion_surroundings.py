@@ -4,6 +4,7 @@ threads, replicas, other neurons."""
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -680,6 +681,27 @@ def test_pruned_weights(way: Way) -> None:
 
     x = frames()
     assert_equal_runs(recipe, lambda net: net(x), way, runs=2)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("was_on", [False, True])
+def test_the_garbage_collector_waits_while_a_forward_records(way: Way, was_on: bool, raises: bool) -> None:
+    seen = []
+
+    def loop(net: Any, x: Any) -> Any:
+        seen.append(gc.isenabled())
+        if raises:
+            raise OSError("camera")
+        return recorded(net, x)[0]
+
+    net = sparse_backend.enable(net_of(loop)(SURROGATES["fast_sigmoid"]), b_th=way.b_th)
+    (gc.enable if was_on else gc.disable)()
+    try:
+        with pytest.raises(OSError, match="camera") if raises else nullcontext():
+            net(frames())
+        assert seen == [False] and gc.isenabled() == was_on
+    finally:
+        gc.enable()
 
 
 # Several models, threads, replicas.

@@ -253,7 +253,7 @@ def feeding_back(net: Net, x: Any) -> Any:
 def test_layers_that_wait_for_each_other_are_told_of(loop: Loop, what: str) -> None:
     net = sparse_backend.enable(net_of(loop)(SPIKE_GRAD), b_th=0.15)
     net(frames())
-    why = "what they are given depends on what later layers gave in the step before."
+    why = "what they are given depends on what the step before gave."
     assert note_of(net) == f"Time fusion: {what}: {why}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import sys
@@ -28,7 +29,7 @@ _make_subclass = Tensor._make_subclass
 _weak = weakref.ref
 
 #: most calls that run before their turn for one another: a chain of them is a chain of Python's own calls
-_DEEPEST = 64
+_DEEPEST = 32
 
 
 class Run:
@@ -340,10 +341,11 @@ class Recording:
         self.waiting: list[Any] = []  #: the caller's tensors that wait for writes: see `buffers.py`
         self.summed: dict[int, Tensor] = {}  #: the caller's tensors that a running sum began with
         self.longest = 0  #: steps of a neuron layer's longest run so far
-        self.ran = self.runs = 0  #: calls that have run, and in how many runs
+        self.ran = self.runs = 0  #: calls of neuron layers that have run, and in how many runs
         self.chunk = sys.maxsize  #: most calls that layers now run at once
         self.pulling = 0  #: calls that now run before their turn, one for the other
-        self.in_order = False  #: whether a neuron layer ran a call alone, since the next waited for what it gives
+        self.meets_itself = False  #: whether what was to run before its turn waits for a layer that is to run now
+        self.in_order = False  #: whether a neuron layer ran a call alone, since the next one waits for what it gives
         self.calls = 0  #: most calls of one site: where none was called twice, there was no loop
         self.holders: list[Any] = []  #: states of layers that know their last call's site
         self.put_back: dict[Any, Callable[[], None]] = {}  #: module that holds its own state -> gives it values
@@ -371,7 +373,7 @@ class Recording:
 
     @property
     def was_worth_it(self) -> bool:
-        """Whether calls ran together: where most run alone, in step order, recording them costs more than it spares."""
+        """Whether neurons' calls ran together: where most run alone, recording costs more than it spares."""
         return 0 < 2 * self.runs <= self.ran
 
     def accepts(self) -> bool:
@@ -529,8 +531,8 @@ class Recording:
                     site.execute(nodes)
         for node in nodes:
             node.inputs = node.states = ()  # whoever keeps one output keeps no others
-        self.ran, self.runs = self.ran + len(nodes), self.runs + 1
         if site.is_neuron:
+            self.ran, self.runs = self.ran + len(nodes), self.runs + 1
             self.longest = max(self.longest, len(nodes))
 
     def _ready(self, site: Site) -> list[Node]:
@@ -544,9 +546,10 @@ class Recording:
             for state, slot in zip(later.states, site.state_slots, strict=True):
                 if type(state) is not tuple or state[0] is not before or state[1] != slot:
                     return nodes
+            self.meets_itself = False
             for ref in later.inputs:
                 if type(ref) is tuple and ref[0].run is None and not self._pull(ref[0]):
-                    self.in_order |= site.is_neuron and len(nodes) == 1 and self.chunk == sys.maxsize
+                    self.in_order |= site.is_neuron and len(nodes) == 1 and self.meets_itself
                     return nodes
             nodes.append(later)
         return nodes
@@ -556,6 +559,7 @@ class Recording:
         site = node.site
         waits = not site.pulled or (site.is_neuron and self.chunk < sys.maxsize)  # what others read must stay in cache
         if waits or site.gathering or site.queue[site.place] is not node or self.pulling >= _DEEPEST:
+            self.meets_itself |= site.gathering
             return False
         self.pulling += 1
         try:
@@ -723,13 +727,22 @@ def is_recording_here() -> bool:
 
 @contextmanager
 def recording(into: Recording | None) -> Iterator[None]:
-    """Record into this recording, or into none."""
+    """Record into this recording, or into none.
+
+    What is recorded dies when it has run. Python's garbage collector would carry it into its oldest generation
+    meanwhile, whose collections take as long as a forward, so it waits.
+    """
     before = getattr(_here, "recording", None)
     _here.recording = into
+    collects = into is not None and gc.isenabled()
+    if collects:
+        gc.disable()
     try:
         yield
     finally:
         _here.recording = before
+        if collects:
+            gc.enable()
 
 
 def paused() -> Any:
