@@ -318,14 +318,11 @@ def synaptic_parts_of(module: Any, kind: Kind) -> SynapticParts:
     return SynapticParts(parts_of(module), alpha, recurrent, weight, bias)
 
 
-_ELSEWHERE: Any = object()  #: what is no parameter: pruned, parametrized, a buffer
-
-
 def connection_of(recurrent: Any) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of a recurrent connection; None where it is not a known one."""
     if type(recurrent) is torch.nn.Linear:
-        weight, bias = (recurrent._parameters.get(name, _ELSEWHERE) for name in ("weight", "bias"))
-        return (None, None) if weight is _ELSEWHERE or bias is _ELSEWHERE else (weight, bias)
+        own = recurrent._parameters  # not what is pruned, parametrized or a buffer
+        return (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (None, None)
     return (recurrent.V, None) if type(recurrent) in ONE_TO_ONE else (None, None)
 
 

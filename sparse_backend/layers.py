@@ -24,7 +24,6 @@ from sparse_backend.timefusion.sites import LinearSite, once
 
 _SKIP_FIRST, _SKIP_MOST = 16, 1024
 _LOOK_EVERY = 16
-_ELSEWHERE: Any = object()
 
 
 def own_forward(module: Any) -> Any:
@@ -35,8 +34,9 @@ def own_forward(module: Any) -> Any:
 
 def bias_of(module: Any) -> Tensor | None:
     """A layer's bias, which pruning, parametrizations and people who freeze it put elsewhere than among parameters."""
-    bias = module._parameters.get("bias", _ELSEWHERE)
-    return module.bias if bias is _ELSEWHERE else bias
+    if "bias" in module._parameters:
+        return module._parameters["bias"]
+    return module.bias
 
 
 def is_surrounded(module: Any) -> bool:
@@ -128,13 +128,9 @@ def linear_forward(module: Any, input: Any) -> Any:
         return torch.nn.functional.linear(input, module.weight, module.bias).to(module.weight.dtype)
     if autocasting.is_on():
         input = autocasting.widened(input)
-    parameters = module._parameters
-    weight = parameters.get("weight")
+    weight, bias = module._parameters.get("weight"), bias_of(module)
     if weight is None:  # a replica's or a parametrized one
         weight = module.weight
-        bias = module.bias
-    else:
-        bias = bias_of(module)
     if is_surrounded(module):
         return torch.nn.functional.linear(dense_of(input), weight, bias).to(weight.dtype)
     state: LinearState = module.__dict__[STATE]
