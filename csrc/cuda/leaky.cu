@@ -5,6 +5,21 @@
 #include "scan.cuh"
 
 namespace sparse_backend {
+
+// What few networks have: the membrane of every step, and what the gradient of beta needs.
+template <typename T>
+SPARSE_BACKEND_BOTH bool strip(ForwardScan<T>& a) {
+    return take(a.mem_seq) | take(a.p);
+}
+
+// What few networks have: a gradient on the membrane of every step, and one of beta.
+template <typename T>
+SPARSE_BACKEND_BOTH bool strip(BackwardScan<T>& a) {
+    const bool had = take(a.grad_mem_seq) | take(a.beta_sum);
+    take(a.p), take(a.p_last);  // which only beta's gradient reads
+    return had;
+}
+
 namespace {
 
 template <typename T>
@@ -12,18 +27,6 @@ __device__ __forceinline__ T second_reset(T v, T jump, bool fires, bool r) {
     if (fires && !r) v -= jump;
     if (r && !fires) v += jump;
     return v;
-}
-
-// USUAL: nobody wants the membrane of every step, or the gradient of beta. Said at compile time, it spares a third of
-// the instructions of a step, of which there are few enough for it to show.
-template <typename T>
-bool is_usual(const ForwardScan<T>& a) {
-    return a.p == nullptr && a.mem_seq == nullptr;
-}
-template <bool USUAL, typename T>
-__device__ __forceinline__ ForwardScan<T> known(ForwardScan<T> a) {
-    if (USUAL) a.p = a.mem_seq = nullptr;
-    return a;
 }
 
 template <typename T, int RESET, bool DOUBLE, bool USUAL>
@@ -109,17 +112,6 @@ struct Bits {
     uint32_t active = 0, r = 0, spikes = 0;
     int32_t offset = 0;
 };
-
-// USUAL: no gradient on the membrane of every step, and none of beta asked for.
-template <typename T>
-bool is_usual(const BackwardScan<T>& a) {
-    return a.grad_mem_seq == nullptr && a.beta_sum == nullptr;
-}
-template <bool USUAL, typename T>
-__device__ __forceinline__ BackwardScan<T> known(BackwardScan<T> a) {
-    if (USUAL) a.grad_mem_seq = a.p = a.p_last = nullptr, a.beta_sum = nullptr;
-    return a;
-}
 
 template <typename T, int RESET, bool DOUBLE, bool USUAL>
 __global__ void __launch_bounds__(kScanThreads) backward_kernel(const __grid_constant__ BackwardScan<T> given) {
@@ -367,10 +359,11 @@ int with_rule(int reset, bool reset_delay, Run&& run) {
 template <typename T>
 int leaky_forward(const ForwardScan<T>& a, Stream stream) {
     return with_rule(a.reset, a.reset_delay, [&](auto rule) {
-        using R = decltype(rule);
-        if (is_usual(a))
-            return launch(forward_kernel<T, R::reset, R::twice, true>, scan_grid(a), kScanThreads, stream, a);
-        return launch(forward_kernel<T, R::reset, R::twice, false>, scan_grid(a), kScanThreads, stream, a);
+        return with_usual(a, [&](auto usual) {
+            using R = decltype(rule);
+            constexpr auto kernel = forward_kernel<T, R::reset, R::twice, decltype(usual)::value>;
+            return launch(kernel, scan_grid(a), kScanThreads, stream, a);
+        });
     });
 }
 
@@ -379,10 +372,11 @@ int leaky_backward(const BackwardScan<T>& a, Stream stream) {
     // A delayed reset that subtracts is detached: it shows in the gradient of the threshold alone.
     const bool shows = a.reset != kSubtract || !a.reset_delay || a.threshold_sum != nullptr;
     return with_rule(shows ? a.reset : kNone, a.reset_delay, [&](auto rule) {
-        using R = decltype(rule);
-        if (is_usual(a))
-            return launch(backward_kernel<T, R::reset, R::twice, true>, scan_grid(a), kScanThreads, stream, a);
-        return launch(backward_kernel<T, R::reset, R::twice, false>, scan_grid(a), kScanThreads, stream, a);
+        return with_usual(a, [&](auto usual) {
+            using R = decltype(rule);
+            constexpr auto kernel = backward_kernel<T, R::reset, R::twice, decltype(usual)::value>;
+            return launch(kernel, scan_grid(a), kScanThreads, stream, a);
+        });
     });
 }
 

@@ -4,6 +4,23 @@
 #include "scan.cuh"
 
 namespace sparse_backend {
+
+// What few networks have: a dense layer, and the states of every step.
+template <typename T>
+SPARSE_BACKEND_BOTH bool strip(LifForwardScan<T>& a) {
+    const bool had = a.dense;
+    a.dense = false;
+    return had | take(a.v_seq) | take(a.i_seq) | take(a.drive) | take(a.inflow);
+}
+
+// What few networks have: a dense layer, a gradient on the states of every step, and one of a time constant.
+template <typename T>
+SPARSE_BACKEND_BOTH bool strip(LifBackwardScan<T>& a) {
+    const bool had = a.dense;
+    a.dense = false;
+    return had | take(a.grad_v_seq) | take(a.grad_i_seq) | take(a.drive) | take(a.inflow);
+}
+
 namespace {
 
 constexpr int kBlockThreads = 256;  // of a block that walks a sample
@@ -62,18 +79,6 @@ __device__ __forceinline__ void keep(const LifForwardScan<T>& a, const Step<T>& 
     if (a.i_seq != nullptr) out(a.i_seq)[to] = s.i;
     if (a.drive != nullptr) out(a.drive)[to] = s.drive;
     if (a.inflow != nullptr) out(a.inflow)[to] = s.inflow;
-}
-
-// USUAL: a sparse layer of which nobody wants the states of every step. Said at compile time, it spares a third of the
-// instructions of a step.
-template <typename T>
-bool is_usual(const LifForwardScan<T>& a) {
-    return !a.dense && a.v_seq == nullptr && a.i_seq == nullptr && a.drive == nullptr && a.inflow == nullptr;
-}
-template <bool USUAL, typename T>
-__device__ __forceinline__ LifForwardScan<T> known(LifForwardScan<T> a) {
-    if (USUAL) a.dense = false, a.v_seq = a.i_seq = a.drive = a.inflow = nullptr;
-    return a;
 }
 
 template <typename T, bool DISCRETE, bool USUAL>
@@ -312,17 +317,6 @@ __device__ __forceinline__ Values<T> fetch_values(const LifBackwardScan<T>& a, c
     return got;
 }
 
-// USUAL: a sparse layer without a gradient on the states of every step, and none of a time constant asked for.
-template <typename T>
-bool is_usual(const LifBackwardScan<T>& a) {
-    return !a.dense && a.grad_v_seq == nullptr && a.grad_i_seq == nullptr && a.drive == nullptr && a.inflow == nullptr;
-}
-template <bool USUAL, typename T>
-__device__ __forceinline__ LifBackwardScan<T> known(LifBackwardScan<T> a) {
-    if (USUAL) a.dense = false, a.grad_v_seq = a.grad_i_seq = a.drive = a.inflow = nullptr;
-    return a;
-}
-
 template <typename T, bool DISCRETE, bool USUAL>
 __global__ void __launch_bounds__(kScanThreads) backward_kernel(const __grid_constant__ LifBackwardScan<T> given) {
     constexpr int kAhead = sizeof(T) == 4 ? 4 : 2;
@@ -412,16 +406,20 @@ template <bool DISCRETE, typename T>
 int forward(const LifForwardScan<T>& a, Stream stream) {
     const dim3 samples(static_cast<unsigned>(a.batch));
     if (a.fired != nullptr) return launch(recurrent_forward_kernel<T, DISCRETE>, samples, kBlockThreads, stream, a);
-    if (is_usual(a)) return launch(forward_kernel<T, DISCRETE, true>, scan_grid(a), kScanThreads, stream, a);
-    return launch(forward_kernel<T, DISCRETE, false>, scan_grid(a), kScanThreads, stream, a);
+    return with_usual(a, [&](auto usual) {
+        constexpr auto kernel = forward_kernel<T, DISCRETE, decltype(usual)::value>;
+        return launch(kernel, scan_grid(a), kScanThreads, stream, a);
+    });
 }
 
 template <bool DISCRETE, typename T>
 int backward(const LifBackwardScan<T>& a, Stream stream) {
     const dim3 samples(static_cast<unsigned>(a.batch));
     if (a.back != nullptr) return launch(recurrent_backward_kernel<T, DISCRETE>, samples, kBlockThreads, stream, a);
-    if (is_usual(a)) return launch(backward_kernel<T, DISCRETE, true>, scan_grid(a), kScanThreads, stream, a);
-    return launch(backward_kernel<T, DISCRETE, false>, scan_grid(a), kScanThreads, stream, a);
+    return with_usual(a, [&](auto usual) {
+        constexpr auto kernel = backward_kernel<T, DISCRETE, decltype(usual)::value>;
+        return launch(kernel, scan_grid(a), kScanThreads, stream, a);
+    });
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // What walks over steps share: a thread per neuron of a sample, a warp per word of 32 of them.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace sparse_backend {
@@ -28,6 +30,28 @@ struct Place {
         in_batch = sample < a.batch, real = j < a.neurons;
     }
 };
+
+// Takes away a stream that few networks have; says whether there was one.
+template <typename T>
+SPARSE_BACKEND_BOTH bool take(T*& stream) {
+    const bool had = stream != nullptr;
+    stream = nullptr;
+    return had;
+}
+
+// A scan has `strip`, which takes all of these and says whether there were any. Calls run(usual), true at compile time
+// where there are none: that spares up to a half of the instructions of a step, of which there are few enough for it to
+// show.
+template <typename Scan, typename Run>
+int with_usual(Scan scan, Run&& run) {
+    return strip(scan) ? run(std::false_type()) : run(std::true_type());
+}
+
+template <bool USUAL, typename Scan>
+__device__ __forceinline__ Scan known(Scan scan) {
+    if (USUAL) strip(scan);
+    return scan;
+}
 
 template <typename Scan>
 dim3 scan_grid(const Scan& a) {
