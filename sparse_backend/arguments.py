@@ -136,7 +136,7 @@ def linear_current(x: EventTensor | Tensor, weight: Tensor, bias: Tensor | None)
         x = x.to_dense()
     events = EventTensor.from_dense(x)
     if events is not x:
-        keeping.made(events.columns, events.indices)
+        keeping.made(events.columns, (events.row_ptr, events.indices))
     events = events.to(weight.dtype) if weight.dtype in FLOATS else _with_float_values(events)
     # how long the list is needs no waiting for the device
     crowded = events.indices.numel() > policy.MAX_INPUT * events.numel() and not policy.is_captured(weight)

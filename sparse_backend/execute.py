@@ -137,8 +137,12 @@ def _run_sparse(
     kept = 0
     if learns:
         size = out.x.element_size()
-        kept = sum([keeping.bytes_of(entries, neurons) for entries in (n_active, n_spikes, out.reset_indices.shape[0])])
-        kept += 4 * (out.active_ptr.shape[0] + out.spike_ptr.shape[0] + out.reset_ptr.shape[0])
+        kept = keeping.bytes_of(
+            neurons,
+            (out.active_ptr.shape[0], n_active),
+            (out.spike_ptr.shape[0], n_spikes),
+            (out.reset_ptr.shape[0], out.reset_indices.shape[0]),
+        )
         kept += size * (n_active * (2 if double_reset else 1) + out.p.shape[0] + out.p_last.numel())
         if beta_learns and out.p_last.dim() != 2:
             kept += size * (out.mem_seq.numel() + (0 if mem is None else mem.numel()))

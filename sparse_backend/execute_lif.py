@@ -238,8 +238,9 @@ def _run_sparse(
     )
     kept = 0
     if learns:
-        kept = _bytes(out.spike_ptr, out.active_ptr) + arguments.kept(out)
-        kept += sum(keeping.bytes_of(part.numel(), spikes.columns) for part in (out.spike_indices, out.active_indices))
+        lists = (out.spike_ptr, out.spike_indices), (out.active_ptr, out.active_indices)
+        kept = keeping.bytes_of(spikes.columns, *[(ptr.shape[0], indices.shape[0]) for ptr, indices in lists])
+        kept += arguments.kept(out)
     return _result(arguments, out, spikes, kept, None)
 
 

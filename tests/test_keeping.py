@@ -92,10 +92,33 @@ def test_every_list_is_kept_once_and_narrow(monkeypatch):
     """The active entries of a layer are read by its own backward and by that of the layer above: one copy."""
     monkeypatch.setattr(keeping, "LEAST", 1)
     _, saved = saved_by(lambda: leaky(spikes((11, 3, INPUTS), 0.1, seed=1), layers()))
-    assert len(storages(columns_in(saved, torch.int16))) == 1  # input
+    assert len(storages(columns_in(saved, torch.int16))) == 2  # input: how many events a row has, and their columns
     of_neurons = columns_in(saved, torch.uint8)  # spikes of the first layer, active entries of the first and the second
-    assert len(of_neurons) == 4 and len(storages(of_neurons)) == 3
-    assert {tensor.shape[0] for tensor in columns_in(saved, torch.int32)} == {11 * 3 + 1}  # pointers of rows
+    assert len(of_neurons) == 2 * 4 and len(storages(of_neurons)) == 2 * 3
+    counts = [tensor for tensor in columns_in(saved, *NARROW) if tensor.shape[0] == 11 * 3]
+    assert len(counts) == 5 and not columns_in(saved, torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "dtype"),
+    [(255, torch.uint8), (256, torch.int16), ((1 << 15) - 1, torch.int16), (1 << 15, torch.int32)],
+)
+def test_rows_may_be_full(monkeypatch, inputs, dtype):
+    """A row of 256 columns may have 256 events, which 8 bits do not count."""
+    grads = []
+    for least in (NEVER, 1):
+        monkeypatch.setattr(keeping, "LEAST", least)
+        x = torch.zeros(3, 2, inputs, dtype=torch.float64)
+        x[1, 1], x[2, 0, ::7] = 1, 1
+        weights = layers(inputs, scale=0.4 / inputs**0.5)
+        loss, saved = saved_by(lambda x=x, weights=weights: leaky(x, weights))
+        if least == 1:
+            counts = [0, 0, 0, inputs, len(x[2, 0, ::7]), 0]
+            pointers = [0, 0, 0, 0, *torch.tensor(counts[3:]).cumsum(0).tolist()]
+            expected = counts if dtype is not torch.int32 else pointers
+            assert dtype in [tensor.dtype for tensor in saved if tensor.tolist() == expected]
+        grads.append(torch.autograd.grad(loss, weights)[0])
+    assert torch.equal(*grads) and grads[0].count_nonzero()
 
 
 def test_a_list_of_the_callers_stays_as_it_is(monkeypatch):
@@ -168,15 +191,16 @@ def test_a_model_in_a_loop(monkeypatch):
         x = spikes((11, 3, INPUTS), 0.1, seed=1).float()
         out, saved = saved_by(lambda net=net, x=x: net(x).to_dense())
         (out * normal(out.shape, 3).float()).sum().backward()
-        narrow = storages(columns_in(saved, *NARROW))
+        narrow = storages(columns_in(saved, torch.uint8))
         kept = sum(layer.kept_bytes for layer in sparse_backend.report(net).layers)
         results.append(([p.grad for p in net.parameters()], narrow, kept))
     (wide_grads, none, wide_kept), (grads, narrow, kept) = results
-    assert not none and len(narrow) == 4  # input, spikes of the first layer, active entries of both
+    assert not none and len(narrow) == 2 * 3  # spikes of the first layer, active entries of both: counts and columns
     assert all(map(torch.equal, grads, wide_grads))
-    of_input = 2 * int(x.sum())
-    of_output = int(out.sum())  # counted with its layer, saved by nobody: the loss reads its dense form
-    assert wide_kept - kept == 3 * (sum(narrow.values()) - of_input + of_output)
+    rows = 11 * 3
+    of_output = int(out.sum()) + rows  # counted with its layer, saved by nobody: the loss reads its dense form
+    first = 4 * 4  # bytes of what is not kept at all: that pointers begin at 0
+    assert wide_kept - kept == 3 * (sum(narrow.values()) + of_output) + first
 
 
 @pytest.mark.parametrize("b_th", [0.2, float("inf")])

@@ -1,13 +1,14 @@
-"""How an op keeps its tensors for the backward: columns of events in 8 or 16 bits, if nobody else holds them.
+"""How an op keeps its tensors for the backward: lists of events in 8 or 16 bits, if nobody else holds them.
 
-Kernels read int32 columns. Between forward and backward nobody reads them, and they are half of what a sparse layer
-keeps: long lists that this package has made wait as uint8 or int16, each once however many layers keep it. A list of
-the caller's stays as it is, since a copy beside it would save nothing.
+Kernels read int32 columns, and int32 pointers to where a row's columns begin. Between forward and backward nobody reads
+them, and they are half of what a sparse layer keeps: long lists that this package has made wait as uint8 or int16,
+pointers as how many events each row has, each once however many layers keep it. A list of the caller's stays as it is,
+since a copy beside it would save nothing.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,31 +17,60 @@ from torch.utils.weak import WeakIdKeyDictionary
 #: the shortest list that is converted: a step's is not worth the calls
 LEAST = 1 << 16
 
-_NARROW = {torch.uint8: 1 << 8, torch.int16: 1 << 15}  # dtype -> how many columns it tells apart
+_NARROW = {torch.uint8: 1 << 8, torch.int16: 1 << 15}  # dtype -> how many numbers from 0 on it tells apart
 
-#: long lists made here, as long as they live -> the dtype they are kept in, and what is kept of them, None before
+
+class _Form(NamedTuple):
+    """How a list waits."""
+
+    dtype: torch.dtype
+    is_pointers: bool
+
+    def narrow(self, wide: Tensor) -> Tensor:
+        return (wide.diff() if self.is_pointers else wide).to(self.dtype)
+
+    def wide(self, narrow: Tensor) -> Tensor:
+        if not self.is_pointers:
+            return narrow.to(torch.int32)
+        pointers = narrow.new_zeros(narrow.shape[0] + 1, dtype=torch.int32)
+        torch.cumsum(narrow, 0, dtype=torch.int32, out=pointers[1:])
+        return pointers
+
+
+#: long lists made here, as long as they live -> their form, and what is kept of them, None before
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def made(columns: int, *lists: Tensor) -> None:
-    """Tell that this package has made these int32 lists, of entries below `columns`."""
-    for indices in lists:
-        if type(indices) is Tensor and indices.shape[0] >= LEAST and (dtype := _dtype(columns)) in _NARROW:
-            _made[indices] = dtype, None
+def made(columns: int, *lists: tuple[Tensor, Tensor]) -> None:
+    """Tell that this package has made these lists of events in rows of `columns`: pointers from 0 on, and columns."""
+    for pointers, indices in lists:
+        _add(indices, _Form(_dtype(columns), is_pointers=False))
+        _add(pointers, _Form(_dtype(columns + 1), is_pointers=True))  # a row may be full
 
 
-def bytes_of(entries: int, columns: int) -> int:
-    """What a list made here takes while it is kept."""
-    return entries * (_dtype(columns).itemsize if entries >= LEAST else 4)
+def _add(tensor: Tensor, form: _Form) -> None:
+    if type(tensor) is Tensor and tensor.shape[0] >= LEAST and form.dtype in _NARROW:
+        _made[tensor] = form, None
+
+
+def bytes_of(columns: int, *lists: tuple[int, int]) -> int:
+    """What such lists take while they are kept, given how many entries they have."""
+    return sum(_size(pointers, columns + 1, 1) + _size(indices, columns) for pointers, indices in lists)
+
+
+def _size(entries: int, numbers: int, spared: int = 0) -> int:
+    """spared: entries that are not kept where the list is narrow."""
+    dtype = _dtype(numbers)
+    return (entries - spared) * dtype.itemsize if entries >= LEAST and dtype in _NARROW else entries * 4
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """`ctx.save_for_backward`; read with `saved`."""
-    ctx.narrowed = None
+    ctx.forms = None
     if _made:  # no list is long in step form, which is called most
-        kept = tuple(map(_narrow, tensors))
-        ctx.narrowed = [narrow is not tensor for narrow, tensor in zip(kept, tensors, strict=True)]
-        tensors = kept
+        ctx.forms = list(map(_form, tensors))
+        pairs = zip(tensors, ctx.forms, strict=True)
+        tensors = tuple([tensor if form is None else _narrow(tensor) for tensor, form in pairs])
     ctx.absent = [at for at, tensor in enumerate(tensors) if tensor is None]
     ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])  # who draws a graph asks their sizes
 
@@ -50,24 +80,28 @@ def saved(ctx: Any) -> tuple[Any, ...]:
     tensors = list(ctx.saved_tensors)
     for at in ctx.absent:
         tensors.insert(at, None)
-    if ctx.narrowed is None:
+    if ctx.forms is None:
         return tuple(tensors)
-    kept = zip(tensors, ctx.narrowed, strict=True)
-    return tuple([tensor.to(torch.int32) if narrowed else tensor for tensor, narrowed in kept])
+    pairs = zip(tensors, ctx.forms, strict=True)
+    return tuple([tensor if form is None else form.wide(tensor) for tensor, form in pairs])
 
 
-def _dtype(columns: int) -> torch.dtype:
-    return next((dtype for dtype, most in _NARROW.items() if columns <= most), torch.int32)
+def _dtype(numbers: int) -> torch.dtype:
+    """The narrowest that tells so many numbers from 0 on apart."""
+    return next((dtype for dtype, most in _NARROW.items() if numbers <= most), torch.int32)
 
 
-def _narrow(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or type(tensor) is not Tensor or tensor.dtype is not torch.int32 or tensor.numel() < LEAST:
-        return tensor
-    known = _made.get(tensor)
-    if known is None:
-        return tensor
-    dtype, narrow = known
+def _form(tensor: Tensor | None) -> _Form | None:
+    """How a tensor waits; None for as it is."""
+    if tensor is None or tensor.dtype is not torch.int32 or tensor.numel() < LEAST or tensor not in _made:
+        return None
+    form, _ = _made[tensor]
+    return form
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    form, narrow = _made[tensor]
     if narrow is None:
-        narrow = tensor.to(dtype)
-        _made[tensor] = dtype, narrow
+        narrow = form.narrow(tensor)
+        _made[tensor] = form, narrow
     return narrow

@@ -115,7 +115,12 @@ def saved_for_backward(
     need_threshold: bool,
 ) -> tuple[Tensor | None, ...]:
     """The tensors of `SAVED`, and no more than this layer's backward reads."""
-    keeping.made(out.mem_last.shape[-1], out.spike_indices, out.active_indices, out.reset_indices)
+    keeping.made(
+        out.mem_last.shape[-1],
+        (out.spike_ptr, out.spike_indices),
+        (out.active_ptr, out.active_indices),
+        (out.reset_ptr, out.reset_indices),
+    )
     double_reset = not reset_delay and reset != NONE
     need_reset = reset == ZERO or double_reset or (need_threshold and reset == SUBTRACT)
     keep_p = out.p_last.dim() == 2

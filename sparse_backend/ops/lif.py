@@ -154,7 +154,7 @@ def needs_name(needs: int, name: str) -> bool:
 
 def saved_for_backward(out: LIFOutput, neuron: Neuron, needs: int) -> tuple[Tensor | None, ...]:
     """The tensors of `SAVED`, and no more than this backward reads."""
-    keeping.made(out.v_last.shape[-1], out.spike_indices, out.active_indices)
+    keeping.made(out.v_last.shape[-1], (out.spike_ptr, out.spike_indices), (out.active_ptr, out.active_indices))
     reset, dense, recurrent = neuron.reset, neuron.dense, neuron.recurrent
     jumps = reset in (VALUE, ZERO) or (reset == SUBTRACT and needs_name(needs, "threshold"))
     attached = not (neuron.detached or neuron.discrete or reset == NONE)

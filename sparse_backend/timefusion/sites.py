@@ -251,7 +251,7 @@ class LinearSite(Site):
         elif policy.has_numbers(whole):
             events = EventTensor.if_sparse(whole, policy.MAX_INPUT)
         if events is not None and events is not whole:
-            keeping.made(events.columns, events.indices)
+            keeping.made(events.columns, (events.row_ptr, events.indices))
         weight, bias = self.weight, self.bias
         if self.switched:  # they are as recorded now, and will not be when the neurons run
             weight = weight.view_as(weight)
