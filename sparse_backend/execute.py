@@ -75,7 +75,7 @@ def _run_sparse(
     beta_learns = recording and beta.requires_grad
     threshold_learns = recording and threshold.requires_grad
     double_reset = not reset_delay and reset != NONE
-    cover_spikes = graded is not None and recording and graded.requires_grad
+    cover_spikes = _learns(graded)
     options = (
         reset,
         reset_delay,
@@ -110,16 +110,10 @@ def _run_sparse(
         out = LeakyOutput(*call(*arguments(None)))
     if out.active_ptr.numel() == 0:
         return None
-    n_active, n_spikes = out.active_indices.shape[0], out.spike_indices.shape[0]
     learns = out.x.requires_grad
     handle, dtype, values = None, None, None
     if learns or graded is not None:
-        handle = spike_grad(out.x)
-        if cover_spikes:
-            handle = torch.where(out.x.detach().abs() < b_th, handle, handle.detach())
-        if graded is not None:
-            handle = handle * graded
-            values = graded.detach().to(handle.dtype).repeat(n_spikes)  # a copy: the factor learns
+        handle, values = _spiking(out, spike_grad, graded, b_th)
     else:
         dtype = surrogate.spike_dtype(spike_grad, out.x)
     spikes = EventTensor(
@@ -136,17 +130,40 @@ def _run_sparse(
     )
     kept = 0
     if learns:
-        size = out.x.element_size()
-        kept = keeping.bytes_of(
-            neurons,
-            (out.active_ptr.shape[0], n_active),
-            (out.spike_ptr.shape[0], n_spikes),
-            (out.reset_ptr.shape[0], out.reset_indices.shape[0]),
-        )
-        kept += size * (n_active * (2 if double_reset else 1) + out.p.shape[0] + out.p_last.numel())
-        if beta_learns and out.p_last.dim() != 2:
-            kept += size * (out.mem_seq.numel() + (0 if mem is None else mem.numel()))
+        kept = _kept(out, neurons, double_reset)
+        if beta_learns and out.p_last.dim() != 2:  # from the membranes
+            kept += sum([part.numel() for part in (out.mem_seq, mem) if part is not None]) * out.x.element_size()
+    n_active, n_spikes = out.active_indices.shape[0], out.spike_indices.shape[0]
     return Result(spikes, out.mem_last, out.mem_seq if keep_mem else None, n_active, n_spikes, kept)
+
+
+def _learns(graded: Tensor | None) -> bool:
+    """Whether spikes outside the band join the active entries: a factor of the spikes learns from all of them."""
+    return graded is not None and torch.is_grad_enabled() and graded.requires_grad
+
+
+def _spiking(
+    out: LeakyOutput, spike_grad: surrogate.SpikeGrad, graded: Tensor | None, b_th: float
+) -> tuple[Tensor, Tensor | None]:
+    """Through which gradients reach the active entries, and what the spikes are worth if not 1."""
+    handle = spike_grad(out.x)
+    if graded is None:
+        return handle, None
+    if _learns(graded):
+        handle = torch.where(out.x.detach().abs() < b_th, handle, handle.detach())
+    handle = handle * graded
+    return handle, graded.detach().to(handle.dtype).repeat(out.spike_indices.shape)  # a copy: the factor learns
+
+
+def _kept(out: LeakyOutput, neurons: int, double_reset: bool) -> int:
+    """Bytes of these outputs that wait for the backward."""
+    lists = (
+        (out.active_ptr, out.active_indices),
+        (out.spike_ptr, out.spike_indices),
+        (out.reset_ptr, out.reset_indices),
+    )
+    numbers = out.x.numel() * (2 if double_reset else 1) + out.p.numel() + out.p_last.numel()
+    return keeping.bytes_of(neurons, *lists) + numbers * out.x.element_size()
 
 
 def _run_dense(
@@ -208,19 +225,12 @@ def run_leaky_traced(
         )
         spikes = spike_grad(x.squeeze(0))
         return spikes if graded is None else spikes * graded, mem_last
-    recording = torch.is_grad_enabled()
-    cover_spikes = graded is not None and recording and graded.requires_grad
-    keep_reset = reset == ZERO or not reset_delay or (recording and threshold.requires_grad and reset == SUBTRACT)
+    threshold_learns = torch.is_grad_enabled() and threshold.requires_grad
+    keep_reset = reset == ZERO or not reset_delay or (threshold_learns and reset == SUBTRACT)
     out = LeakyOutput(*leaky(
-        sequence, beta, threshold, mem, None, reset, reset_delay, b_th, cover_spikes, False, keep_reset, False, 1.0
+        sequence, beta, threshold, mem, None, reset, reset_delay, b_th, _learns(graded), False, keep_reset, False, 1.0
     ))  # fmt: skip
-    handle = spike_grad(out.x)
-    if cover_spikes:
-        handle = torch.where(out.x.detach().abs() < b_th, handle, handle.detach())
-    values = None
-    if graded is not None:
-        handle = handle * graded
-        values = graded.detach().to(handle.dtype).repeat(out.spike_indices.shape)
+    handle, values = _spiking(out, spike_grad, graded, b_th)
     spikes = events_to_dense(
         handle, out.spike_ptr, out.spike_indices, values, out.active_ptr, out.active_indices, current.shape[1]
     )

@@ -239,8 +239,7 @@ def _run_sparse(
     kept = 0
     if learns:
         lists = (out.spike_ptr, out.spike_indices), (out.active_ptr, out.active_indices)
-        kept = keeping.bytes_of(spikes.columns, *[(ptr.shape[0], indices.shape[0]) for ptr, indices in lists])
-        kept += arguments.kept(out)
+        kept = keeping.bytes_of(spikes.columns, *lists) + arguments.kept(out)
     return _result(arguments, out, spikes, kept, None)
 
 

@@ -44,24 +44,23 @@ _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def made(columns: int, *lists: tuple[Tensor, Tensor]) -> None:
     """Tell that this package has made these lists of events in rows of `columns`: pointers from 0 on, and columns."""
     for pointers, indices in lists:
-        _add(indices, _Form(_dtype(columns), is_pointers=False))
-        _add(pointers, _Form(_dtype(columns + 1), is_pointers=True))  # a row may be full
+        _add(indices, indices.shape[0], _Form(_dtype(columns), is_pointers=False))
+        _add(pointers, pointers.shape[0] - 1, _Form(_dtype(columns + 1), is_pointers=True))  # a row may be full
 
 
-def _add(tensor: Tensor, form: _Form) -> None:
-    if type(tensor) is Tensor and tensor.shape[0] >= LEAST and form.dtype in _NARROW:
+def _add(tensor: Tensor, kept: int, form: _Form) -> None:
+    if type(tensor) is Tensor and kept >= LEAST and form.dtype in _NARROW:
         _made[tensor] = form, None
 
 
-def bytes_of(columns: int, *lists: tuple[int, int]) -> int:
-    """What such lists take while they are kept, given how many entries they have."""
-    return sum(_size(pointers, columns + 1, 1) + _size(indices, columns) for pointers, indices in lists)
-
-
-def _size(entries: int, numbers: int, spared: int = 0) -> int:
-    """spared: entries that are not kept where the list is narrow."""
-    dtype = _dtype(numbers)
-    return (entries - spared) * dtype.itemsize if entries >= LEAST and dtype in _NARROW else entries * 4
+def bytes_of(columns: int, *lists: tuple[Tensor, Tensor]) -> int:
+    """What such lists take while they are kept."""
+    total = 0
+    for pointers, indices in lists:
+        rows, entries = pointers.shape[0] - 1, indices.shape[0]
+        total += 4 * entries if entries < LEAST else entries * _dtype(columns).itemsize
+        total += 4 * pointers.shape[0] if rows < LEAST else rows * _dtype(columns + 1).itemsize
+    return total
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
