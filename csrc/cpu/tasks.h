@@ -85,10 +85,11 @@ class GroupSums {
     T* of(int64_t group) { return wanted_ ? sums_.get() + group * width_ : nullptr; }
     Tensor total(const Tensor& like, int64_t neurons) {
         Tensor out = empty_if(wanted_, like, {neurons});
+        T* const to = output<T>(out);
         for (int64_t j = 0; wanted_ && j < neurons; ++j) {
             T sum = T(0);
             for (int64_t k = 0; k < groups_; ++k) sum += sums_.get()[k * width_ + j];
-            output<T>(out)[j] = sum;
+            to[j] = sum;
         }
         return out;
     }

@@ -64,10 +64,13 @@ template <typename T>
 std::vector<T> per_neuron(const Tensor& tensor, int64_t neurons, T padding, const char* name) {
     const Tensor whole = in_order(tensor);
     const T* from = pointer<T>(whole, name);
-    STD_TORCH_CHECK(tensor.numel() == 1 || tensor.numel() == neurons, name, ": expected one entry or ", neurons,
-                    ", got ", tensor.numel());
+    const int64_t entries = tensor.numel();
+    STD_TORCH_CHECK(entries == 1 || entries == neurons, name, ": expected one entry or ", neurons, ", got ", entries);
     std::vector<T> out(static_cast<size_t>(padded(neurons)), padding);
-    for (int64_t j = 0; j < neurons; ++j) out[static_cast<size_t>(j)] = from[tensor.numel() == 1 ? 0 : j];
+    if (entries == neurons)
+        std::copy_n(from, neurons, out.begin());
+    else
+        std::fill_n(out.begin(), neurons, *from);
     return out;
 }
 

@@ -326,23 +326,26 @@ void leaky_dense_forward_block(const DenseForward<T>& a, const Block& block) {
     const int64_t columns = block.last_column - block.first_column;
     const NoDenormals guard;
     const bool twice = !a.reset_delay && a.reset != kNone;
-    Scratch<T> scratch((columns + V::width - 1) / V::width * V::width);
-    T* mem = scratch.get();
     const V zero = V::all(T(0));
     for (int64_t b = block.first_sample; b < block.last_sample; ++b) {
-        if (a.mem != nullptr)
-            std::memcpy(mem, a.mem + b * a.neurons + block.first_column, static_cast<size_t>(columns) * sizeof(T));
-        else
-            std::memset(mem, 0, static_cast<size_t>(columns) * sizeof(T));
+        const int64_t row = b * a.neurons + block.first_column;
+        T* const mem = a.mem_last + row;  // at every step
+        if (a.mem == nullptr || a.steps == 0) {
+            if (a.mem != nullptr)
+                std::memcpy(mem, a.mem + row, static_cast<size_t>(columns) * sizeof(T));
+            else
+                std::memset(mem, 0, static_cast<size_t>(columns) * sizeof(T));
+        }
         for (int64_t t = 0; t < a.steps; ++t) {
-            const int64_t at = (t * a.batch + b) * a.neurons + block.first_column;
-            const T* const current = a.current + (a.same_current ? b * a.neurons + block.first_column : at);
+            const int64_t at = t * a.batch * a.neurons + row;
+            const T* const current = a.current + (a.same_current ? row : at);
+            const T* const before = t == 0 && a.mem != nullptr ? a.mem + row : mem;
             for (int64_t j = 0; j < columns; j += V::width) {
                 const int n = static_cast<int>(columns - j < V::width ? columns - j : V::width);
                 const bool whole = n == V::width;
                 const V threshold = V::load(a.threshold + block.first_column + j),
                         beta = V::load(a.beta + block.first_column + j);
-                V v = V::load(mem + j);
+                V v = whole ? V::load(before + j) : V::load(before + j, n);
                 const typename V::Mask r = v > threshold;
                 if (a.reset == kZero) v = v - V::where(r, v);
                 v = beta * v + (whole ? V::load(current + j) : V::load(current + j, n));
@@ -354,15 +357,16 @@ void leaky_dense_forward_block(const DenseForward<T>& a, const Block& block) {
                     v = v - V::where(V::without(fires, r), jump);
                     v = v + V::where(V::without(r, fires), jump);
                 }
-                v.store(mem + j);
-                if (whole)
+                if (whole) {
+                    v.store(mem + j);
                     x.store(a.x + at + j);
-                else
+                } else {
+                    v.store(mem + j, n);
                     x.store(a.x + at + j, n);
+                }
             }
             if (a.mem_seq != nullptr) std::memcpy(a.mem_seq + at, mem, static_cast<size_t>(columns) * sizeof(T));
         }
-        std::memcpy(a.mem_last + b * a.neurons + block.first_column, mem, static_cast<size_t>(columns) * sizeof(T));
     }
 }
 
@@ -375,18 +379,22 @@ void leaky_dense_backward_block(const DenseBackward<T>& a, const Block& block, N
     const NoDenormals guard;
     const bool masked = a.b_th < std::numeric_limits<T>::infinity();
     const V b_th = V::all(a.b_th);
-    Scratch<T> scratch((columns + V::width - 1) / V::width * V::width);
-    T* carried = scratch.get();
+    Scratch<T> scratch(a.grad_mem == nullptr ? columns : 0);
     const V zero = V::all(T(0)), one = V::all(T(1));
     for (int64_t b = block.first_sample; b < block.last_sample; ++b) {
-        if (a.grad_mem_last != nullptr)
-            std::memcpy(carried, a.grad_mem_last + b * a.neurons + block.first_column,
-                        static_cast<size_t>(columns) * sizeof(T));
-        else
-            std::memset(carried, 0, static_cast<size_t>(columns) * sizeof(T));
+        const int64_t row = b * a.neurons + block.first_column;
+        T* const carried = a.grad_mem != nullptr ? a.grad_mem + row : scratch.get();
+        const T* arriving = a.grad_mem_last != nullptr ? a.grad_mem_last + row : nullptr;
+        if (arriving == nullptr || a.steps == 0) {
+            if (arriving != nullptr)
+                std::memcpy(carried, arriving, static_cast<size_t>(columns) * sizeof(T));
+            else
+                std::memset(carried, 0, static_cast<size_t>(columns) * sizeof(T));
+        }
         for (int64_t t = a.steps - 1; t >= 0; --t) {
-            const int64_t at = (t * a.batch + b) * a.neurons + block.first_column;
+            const int64_t at = t * a.batch * a.neurons + row;
             const int64_t before = at - a.batch * a.neurons;
+            const T* const later = t == a.steps - 1 && arriving != nullptr ? arriving : carried;
             for (int64_t j = 0; j < columns; j += V::width) {
                 const int n = static_cast<int>(columns - j < V::width ? columns - j : V::width);
                 const auto load = [n](const T* from) { return n == V::width ? V::load(from) : V::load(from, n); };
@@ -396,7 +404,7 @@ void leaky_dense_backward_block(const DenseBackward<T>& a, const Block& block, N
                 typename V::Mask r = zero > zero;
                 if (need_reset || sums.beta != nullptr) {
                     if (t == 0)
-                        past = a.mem == nullptr ? zero : load(a.mem + b * a.neurons + column);
+                        past = a.mem == nullptr ? zero : load(a.mem + row + j);
                     else
                         past = a.mem_seq != nullptr ? load(a.mem_seq + before + j) : load(a.x + before + j) + threshold;
                     if (t > 0 && a.mem_seq == nullptr)
@@ -404,7 +412,7 @@ void leaky_dense_backward_block(const DenseBackward<T>& a, const Block& block, N
                     else
                         r = past > threshold;
                 }
-                V lambda = V::load(carried + j);
+                V lambda = load(later + j);
                 if (a.grad_mem_seq != nullptr) lambda = lambda + load(a.grad_mem_seq + at + j);
                 V through = a.grad_x != nullptr ? load(a.grad_x + at + j) : zero;
                 if (masked) through = V::where(inside(load(a.x + at + j), b_th), through);
@@ -437,12 +445,12 @@ void leaky_dense_backward_block(const DenseBackward<T>& a, const Block& block, N
                     T* to = sums.beta + column;
                     (V::load(to, n) + passed * past).store(to, n);
                 }
-                (beta * passed).store(carried + j);
+                if (n == V::width)
+                    (beta * passed).store(carried + j);
+                else
+                    (beta * passed).store(carried + j, n);
             }
         }
-        if (a.grad_mem != nullptr)
-            std::memcpy(a.grad_mem + b * a.neurons + block.first_column, carried,
-                        static_cast<size_t>(columns) * sizeof(T));
     }
 }
 

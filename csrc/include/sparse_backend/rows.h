@@ -3,6 +3,8 @@
 // A block of columns is `vecs` vectors wide; up to kMaxVecs of them stay in registers over all events of a row.
 #pragma once
 
+#include <algorithm>
+
 #include "sparse_backend/buffer.h"
 #include "sparse_backend/params.h"
 #include "sparse_backend/simd.h"
@@ -132,8 +134,14 @@ inline Span row_of(const Rows& rows, int64_t row) {
     return {rows.row_ptr[row], rows.row_ptr[row + 1]};
 }
 
-// The part of a row's entries whose index lies in [lo, hi): rows are short and sorted.
+// The part of a row's entries whose index lies in [lo, hi): rows are sorted, and most of them short.
 inline void clip(const int32_t* index, int64_t& begin, int64_t& end, int64_t lo, int64_t hi) {
+    constexpr int64_t kShort = 32;
+    if (end - begin > kShort) {
+        begin = std::lower_bound(index + begin, index + end, lo) - index;
+        end = std::lower_bound(index + begin, index + end, hi) - index;
+        return;
+    }
     while (begin < end && index[begin] < lo) ++begin;
     while (end > begin && index[end - 1] >= hi) --end;
 }
