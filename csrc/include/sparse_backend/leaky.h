@@ -9,13 +9,17 @@
 
 namespace sparse_backend {
 
-// Lists the columns of a row whose membrane is above its threshold; returns how many there are.
+// Lists the columns of a row whose membrane is above its threshold; returns how many there are. Writes a vector more.
 template <typename T>
 inline int64_t list_above(const T* mem, const T* thresholds, int64_t columns, int32_t first, int32_t* out) {
+    using V = Vec<T>;
     int64_t n = 0;
-    for (int64_t j = 0; j < columns; ++j) {
-        out[n] = first + static_cast<int32_t>(j);
-        n += mem[j] > thresholds[j];
+    for (int64_t j = 0; j < columns; j += V::width) {
+        const int lanes = lanes_at<T>(j, columns);
+        const V threshold = load_some(thresholds + j, lanes);
+        const uint32_t above = V::bits(load_some(mem + j, lanes) > threshold) & first_lanes<T>(lanes);
+        V::pack(above, first + static_cast<int32_t>(j), out + n);
+        n += __builtin_popcount(above);
     }
     return n;
 }
@@ -27,94 +31,86 @@ void leaky_forward_block(const LeakyForward<T>& a, const Block& block, int32_t* 
     const int64_t samples = block.last_sample - block.first_sample;
     const int64_t columns = block.last_column - block.first_column;
     const int64_t vecs = (columns + V::width - 1) / V::width;
-    const int64_t width = vecs * V::width;
-    Scratch<T> mem_scratch(samples * width), p_scratch(KEEP_P ? samples * width : 0), current_scratch(width);
-    T* const current = current_scratch.get();
-    if (a.mem != nullptr) {
-        for (int64_t s = 0; s < samples; ++s)
-            std::memcpy(mem_scratch.get() + s * width,
-                        a.mem + (block.first_sample + s) * a.neurons + block.first_column,
-                        static_cast<size_t>(columns) * sizeof(T));
-    }
-    const T b_th = a.b_th;
-    const V lowest = V::all(b_th > T(0) ? -b_th : T(0));
+    const int64_t width = vecs * V::width, room = samples * width + V::width;
+    // Of one step the state is written where it ends up; of several it is kept close together.
+    const bool alone = a.steps == 1;
+    Scratch<T> mem_scratch(alone ? 0 : samples * width), p_scratch(KEEP_P && !alone ? samples * width : 0);
+    Scratch<T> current(a.from_events ? width : 0), zeros(width);
+    const int64_t stride = alone ? a.neurons : width, corner = block.first_sample * a.neurons + block.first_column;
+    T* const mems = alone ? a.mem_last + corner : mem_scratch.get();
+    T* const ps = !KEEP_P ? nullptr : alone ? a.p_last + corner : p_scratch.get();
+    const V b_th = V::all(a.b_th), zero = V::all(T(0));
+    const V lowest = a.b_th > T(0) ? zero - b_th : zero;  // above it lies what spikes or is active
     const T* const betas = a.beta + block.first_column;
     const T* const thresholds = a.threshold + block.first_column;
-    Scratch<T> no_bias(width);
-    const T* const bias = a.bias == nullptr ? no_bias.get() : a.bias + block.first_column;
+    const T* const bias = a.bias == nullptr ? zeros.get() : a.bias + block.first_column;
     const bool cover_spikes = a.cover_spikes;
     const int32_t first = static_cast<int32_t>(block.first_column);
     for (int64_t t = 0; t < a.steps; ++t) {
         const bool keep_reset = a.keep_reset && (t == 0 || !a.reset_delay);
-        int32_t* const spike_out = found.spikes.room(samples * width);
-        int32_t* const active_out = found.active.room(samples * width);
-        T* const x_out = found.x.room(samples * width);
-        T* const p_out = KEEP_P ? found.p.room(samples * width) : nullptr;
-        int32_t* const reset_out = keep_reset ? found.resets.room(samples * width) : nullptr;
+        int32_t* const spike_out = found.spikes.room(room);
+        int32_t* const active_out = found.active.room(room);
+        T* const x_out = found.x.room(room);
+        T* const p_out = KEEP_P ? found.p.room(room) : nullptr;
+        int32_t* const reset_out = keep_reset ? found.resets.room(room) : nullptr;
         int64_t all_spikes = 0, all_active = 0, all_resets = 0;
         for (int64_t s = 0; s < samples; ++s) {
             const int64_t row = t * a.batch + block.first_sample + s;
-            const T* inflow = current;
+            const T* inflow = bias;
             if (a.from_events) {
                 const int64_t e = a.input.row_ptr[row], n = a.input.row_ptr[row + 1] - e;
-                if (n == 0)
-                    inflow = bias;
-                else
-                    accumulate_rows(bias, current, a.weight, block.first_column, vecs, a.input.indices + e,
+                if (n > 0) {
+                    accumulate_rows(bias, current.get(), a.weight, block.first_column, vecs, a.input.indices + e,
                                     a.input.values == nullptr ? nullptr : a.input.values + e, n);
+                    inflow = current.get();
+                }
             } else {
-                const int64_t from = a.same_current ? block.first_sample + s : row;
-                std::memcpy(current, a.current + from * a.neurons + block.first_column,
-                            static_cast<size_t>(columns) * sizeof(T));
+                inflow = a.current + (a.same_current ? 0 : t * a.batch * a.neurons) + corner + s * a.neurons;
             }
-            T* const mem = mem_scratch.get() + s * width;
-            T* const p = p_scratch.get() + (KEEP_P ? s * width : 0);
+            T* const mem = mems + s * stride;
+            T* const p = KEEP_P ? ps + s * stride : nullptr;
+            const T* const mem_before = t > 0 ? mem : a.mem != nullptr ? a.mem + corner + s * a.neurons : zeros.get();
+            const T* const p_before = t > 0 ? p : zeros.get();
             if (keep_reset) {
-                const int64_t resets = list_above(mem, thresholds, columns, first, reset_out + all_resets);
+                const int64_t resets = list_above(mem_before, thresholds, columns, first, reset_out + all_resets);
                 n_resets[row] = static_cast<int32_t>(resets);
                 all_resets += resets;
             }
             int64_t spikes = all_spikes, active = all_active;
-            for (int64_t j0 = 0; j0 < width; j0 += 64) {  // 64 neurons: one word of bits, found entries then one by one
-                uint64_t found_bits = 0;                  // of what spikes or is active
-                const int64_t here = width - j0 < 64 ? width - j0 : 64;
-                for (int64_t i = 0; i < here; i += V::width) {
-                    const int64_t j = j0 + i;
-                    const V threshold = V::load(thresholds + j), beta = V::load(betas + j);
-                    V v = V::load(mem + j);
-                    const typename V::Mask r = v > threshold;
-                    if constexpr (RESET == kZero) v = v - V::where(r, v);
-                    if constexpr (KEEP_P) {
-                        V q = V::load(p + j);
-                        if constexpr (RESET == kZero) q = q - V::where(r, q);
-                        (beta * q + v).store(p + j);
-                    }
-                    v = beta * v + V::load(inflow + j);
-                    if constexpr (RESET == kSubtract) v = v - V::where(r, threshold);
-                    const V x = v - threshold;
-                    if constexpr (DOUBLE) {
-                        const typename V::Mask fires = x > V::all(T(0));
-                        const V jump = RESET == kSubtract ? threshold : v;
-                        v = v - V::where(V::without(fires, r), jump);
-                        v = v + V::where(V::without(r, fires), jump);
-                        x.store(current + j);
-                    }
-                    v.store(mem + j);
-                    found_bits |= static_cast<uint64_t>(V::bits(exceeds(x, lowest))) << i;
+            for (int64_t j = 0; j < columns; j += V::width) {
+                const int lanes = lanes_at<T>(j, columns);
+                const V threshold = V::load(thresholds + j), beta = V::load(betas + j);
+                V v = load_some(mem_before + j, lanes), q = zero;
+                const typename V::Mask r = v > threshold;
+                if constexpr (RESET == kZero) v = v - V::where(r, v);
+                if constexpr (KEEP_P) {
+                    q = load_some(p_before + j, lanes);
+                    if constexpr (RESET == kZero) q = q - V::where(r, q);
+                    q = beta * q + v;
+                    store_some(q, p + j, lanes);
                 }
+                v = beta * v + load_some(inflow + j, lanes);
+                if constexpr (RESET == kSubtract) v = v - V::where(r, threshold);
+                const V x = v - threshold;
+                const typename V::Mask fires = x > zero;
+                if constexpr (DOUBLE) {
+                    const V jump = RESET == kSubtract ? threshold : v;
+                    v = v - V::where(V::without(fires, r), jump);
+                    v = v + V::where(V::without(r, fires), jump);
+                }
+                store_some(v, mem + j, lanes);
                 // The padding never counts: there NaN, which is active, comes of 0 * inf and inf - inf.
-                if (columns - j0 < 64) found_bits &= (uint64_t{1} << (columns - j0)) - 1;
-                for (; found_bits != 0; found_bits &= found_bits - 1) {
-                    const int64_t j = j0 + __builtin_ctzll(found_bits);
-                    const int32_t column = first + static_cast<int32_t>(j);
-                    const T x = DOUBLE ? current[j] : mem[j] - thresholds[j];
-                    const bool fires = x > T(0);
-                    spike_out[spikes] = column;
-                    spikes += fires;
-                    active_out[active] = column, x_out[active] = x;
-                    if constexpr (KEEP_P) p_out[active] = p[j];
-                    active += !(std::abs(x) >= b_th) || (cover_spikes && fires);
-                }
+                const uint32_t some = V::bits(exceeds(x, lowest)) & first_lanes<T>(lanes);
+                if (some == 0) continue;
+                const uint32_t spiking = V::bits(fires) & some;
+                const uint32_t in_band = (V::bits(inside(x, b_th)) & some) | (cover_spikes ? spiking : 0);
+                const int32_t column = first + static_cast<int32_t>(j);
+                V::pack(spiking, column, spike_out + spikes);
+                spikes += __builtin_popcount(spiking);
+                V::pack(in_band, column, active_out + active);
+                V::pack(in_band, x, x_out + active);
+                if constexpr (KEEP_P) V::pack(in_band, q, p_out + active);
+                active += __builtin_popcount(in_band);
             }
             n_spikes[row] = static_cast<int32_t>(spikes - all_spikes);
             n_active[row] = static_cast<int32_t>(active - all_active);
@@ -129,10 +125,12 @@ void leaky_forward_block(const LeakyForward<T>& a, const Block& block, int32_t* 
         if (KEEP_P) found.p.advance(all_active);
         if (keep_reset) found.resets.advance(all_resets);
     }
+    if (alone) return;
     for (int64_t s = 0; s < samples; ++s) {
-        const int64_t at = (block.first_sample + s) * a.neurons + block.first_column;
-        std::memcpy(a.mem_last + at, mem_scratch.get() + s * width, static_cast<size_t>(columns) * sizeof(T));
-        if (KEEP_P) std::memcpy(a.p_last + at, p_scratch.get() + s * width, static_cast<size_t>(columns) * sizeof(T));
+        const int64_t at = corner + s * a.neurons;
+        const T* const from = a.steps == 0 && a.mem != nullptr ? a.mem + at : mems + s * width;
+        std::memcpy(a.mem_last + at, from, static_cast<size_t>(columns) * sizeof(T));
+        if (KEEP_P) std::memcpy(a.p_last + at, ps + s * width, static_cast<size_t>(columns) * sizeof(T));
     }
 }
 

@@ -80,7 +80,7 @@ void lif_forward_block(const LifForward<T>& a, const Block& block, int32_t* n_sp
     const size_t row_bytes = static_cast<size_t>(columns) * sizeof(T);
     Scratch<T> v_scratch(samples * width), i_scratch(a.i != nullptr || SYNAPTIC ? samples * width : 0);
     Scratch<T> current_scratch(width), drive_scratch(width), inflow_scratch(width), no_bias(width);
-    Scratch<int32_t> fired(a.is_recurrent ? samples * width : 0), n_fired(samples);
+    Scratch<int32_t> fired(a.is_recurrent ? samples * width : 0), n_fired(a.is_recurrent ? samples : 0);
     T *const current = current_scratch.get(), *const drives = drive_scratch.get();
     T* const inflows = inflow_scratch.get();
     const LifCoefficients<T> of(a, block, width);
@@ -91,23 +91,21 @@ void lif_forward_block(const LifForward<T>& a, const Block& block, int32_t* n_sp
         for (int64_t s = 0; s < samples; ++s)
             std::memcpy(v_scratch.get() + s * width, a.leak + block.first_column, row_bytes);
     if (a.i != nullptr) load_block(a.i, a.neurons, block, i_scratch.get(), width);
-    const T b_th = a.b_th;
-    const V zero = V::all(T(0)), one = V::all(T(1));
-    const V lowest = V::all(!a.dense && b_th > T(0) ? -b_th : T(0));  // above it lies what is looked for
+    const V zero = V::all(T(0)), one = V::all(T(1)), b_th = V::all(a.b_th);
+    const V lowest = !a.dense && a.b_th > T(0) ? zero - b_th : zero;  // above it lies what is looked for
     const bool leaky = a.leaks, keep_drive = a.drive != nullptr;
     const bool keep_inflow = a.inflow != nullptr || (SYNAPTIC && DISCRETE);
     const bool look = !a.dense || a.is_recurrent;  // for spikes; dense entries are all active
     const int32_t first = static_cast<int32_t>(block.first_column);
     for (int64_t t = 0; t < a.steps; ++t) {
-        int32_t* const spike_out = found.spikes.room(look ? samples * width : 0);
-        int32_t* const active_out = found.active.room(a.dense ? 0 : samples * width);
-        T* const x_out = found.x.room(a.dense ? 0 : samples * width);
+        int32_t* const spike_out = found.spikes.room(look ? samples * width + V::width : 0);
+        int32_t* const active_out = found.active.room(a.dense ? 0 : samples * width + V::width);
+        T* const x_out = found.x.room(a.dense ? 0 : samples * width + V::width);
         int64_t spikes = 0, active = 0;
         for (int64_t s = 0; s < samples; ++s) {
             const int64_t row = t * a.batch + block.first_sample + s;
             const T* input = lif_current(a, block, row, vecs, bias, current);
             int32_t* const fired_here = fired.get() + (a.is_recurrent ? s * width : 0);
-            int32_t fires_here = 0;
             if (a.is_recurrent && t > 0 && n_fired.get()[s] > 0) {
                 lif_recurrence(a, vecs, fired_here, n_fired.get()[s], input, current);
                 input = current;
@@ -120,55 +118,50 @@ void lif_forward_block(const LifForward<T>& a, const Block& block, int32_t* n_sp
                 input = current;
             }
             const int64_t spikes_before = spikes, active_before = active;
-            for (int64_t j0 = 0; j0 < width; j0 += 64) {  // 64 neurons: one word of bits, found entries then one by one
-                uint64_t found_bits = 0;
-                const int64_t here = width - j0 < 64 ? width - j0 : 64;
-                for (int64_t k = 0; k < here; k += V::width) {
-                    const int64_t j = j0 + k;
-                    V inflow = V::load(input + j);
-                    if constexpr (SYNAPTIC) {
-                        inflow = V::load(i_row + j) + inflow;
-                        (of.syn_decay(j) * inflow).store(i_row + j);
-                    }
-                    V v = V::load(v_row + j), drive = v;
-                    const V threshold = of.threshold(j);
-                    if constexpr (DISCRETE) {
-                        const typename V::Mask r = v - threshold > zero;
-                        v = of.gain(j) * v + inflow;
-                        if constexpr (RESET == kSubtract) v = v - V::where(r, threshold);
-                        if constexpr (RESET == kZero)
-                            v = v - V::where(r, one) * v;  // NaN if infinite, as snnTorch has it
-                    } else {
-                        drive = leaky ? (of.leak(j) - v) + inflow : inflow;
-                        v = v + of.gain(j) * drive;
-                    }
-                    const V x = v - threshold;
-                    const typename V::Mask fires = x > zero;
-                    if constexpr (!DISCRETE && RESET != kNone) {
-                        const V z = V::where(fires, one);
-                        v = (one - z) * v + z * (RESET == kValue ? of.reset_to(j) : x);
-                    }
-                    v.store(v_row + j);
-                    x.store(current + j);
-                    if (keep_drive) drive.store(drives + j);
-                    if (keep_inflow) inflow.store(inflows + j);
-                    if (look) found_bits |= static_cast<uint64_t>(V::bits(exceeds(x, lowest))) << k;
+            for (int64_t j = 0; j < columns; j += V::width) {
+                V inflow = V::load(input + j);
+                if constexpr (SYNAPTIC) {
+                    inflow = V::load(i_row + j) + inflow;
+                    (of.syn_decay(j) * inflow).store(i_row + j);
                 }
-                if (columns - j0 < 64) found_bits &= (uint64_t{1} << (columns - j0)) - 1;
-                for (; found_bits != 0; found_bits &= found_bits - 1) {
-                    const int64_t j = j0 + __builtin_ctzll(found_bits);
-                    const int32_t column = first + static_cast<int32_t>(j);
-                    const T x = current[j];
-                    const bool fires = x > T(0);
-                    spike_out[spikes] = column;
-                    spikes += fires;
-                    if (a.is_recurrent) fired_here[fires_here] = column, fires_here += fires;
-                    if (a.dense) continue;
-                    active_out[active] = column, x_out[active] = x;
-                    active += !(std::abs(x) >= b_th);
+                V v = V::load(v_row + j), drive = v;
+                const V threshold = of.threshold(j);
+                if constexpr (DISCRETE) {
+                    const typename V::Mask r = v - threshold > zero;
+                    v = of.gain(j) * v + inflow;
+                    if constexpr (RESET == kSubtract) v = v - V::where(r, threshold);
+                    if constexpr (RESET == kZero) v = v - V::where(r, one) * v;  // NaN if infinite, as snnTorch has it
+                } else {
+                    drive = leaky ? (of.leak(j) - v) + inflow : inflow;
+                    v = v + of.gain(j) * drive;
                 }
+                const V x = v - threshold;
+                const typename V::Mask fires = x > zero;
+                if constexpr (!DISCRETE && RESET != kNone) {
+                    const V z = V::where(fires, one);
+                    v = (one - z) * v + z * (RESET == kValue ? of.reset_to(j) : x);
+                }
+                v.store(v_row + j);
+                if (keep_drive) drive.store(drives + j);
+                if (keep_inflow) inflow.store(inflows + j);
+                if (a.dense) x.store(current + j);
+                if (!look) continue;
+                const uint32_t some = V::bits(exceeds(x, lowest)) & first_lanes<T>(lanes_at<T>(j, columns));
+                if (some == 0) continue;
+                const int32_t column = first + static_cast<int32_t>(j);
+                const uint32_t spiking = V::bits(fires) & some;
+                V::pack(spiking, column, spike_out + spikes);
+                spikes += __builtin_popcount(spiking);
+                if (a.dense) continue;
+                const uint32_t in_band = V::bits(inside(x, b_th)) & some;
+                V::pack(in_band, column, active_out + active);
+                V::pack(in_band, x, x_out + active);
+                active += __builtin_popcount(in_band);
             }
-            n_fired.get()[s] = fires_here;
+            if (a.is_recurrent) {
+                n_fired.get()[s] = static_cast<int32_t>(spikes - spikes_before);
+                std::memcpy(fired_here, spike_out + spikes_before, static_cast<size_t>(spikes - spikes_before) * 4);
+            }
             const int64_t at = row * a.neurons + block.first_column;
             if (look) n_spikes[row] = static_cast<int32_t>(spikes - spikes_before);
             if (a.dense)

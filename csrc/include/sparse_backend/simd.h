@@ -35,6 +35,9 @@ class NoDenormals {
 
 constexpr int kVectorRegisters = 32;
 
+// Beside arithmetic:
+// pack(bits, from, to): the entries that bits choose one behind another, and anything behind them, `width` in all;
+// pack(bits, first, to): the same of the numbers first, first + 1, ...
 template <typename T>
 struct Vec;
 
@@ -62,6 +65,14 @@ struct Vec<float> {
     static Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
     static Mask without(Mask a, Mask b) { return _kandn_mask16(b, a); }
     static Mask tail(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+    static void pack(uint32_t bits, Vec from, float* to) {
+        _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<Mask>(bits), from.v));
+    }
+    static void pack(uint32_t bits, int32_t first, int32_t* to) {
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i from = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+        _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<Mask>(bits), from));
+    }
 };
 
 template <>
@@ -88,11 +99,31 @@ struct Vec<double> {
     static Mask either(Mask a, Mask b) { return _kor_mask8(a, b); }
     static Mask without(Mask a, Mask b) { return _kandn_mask8(b, a); }
     static Mask tail(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+    static void pack(uint32_t bits, Vec from, double* to) {
+        _mm512_storeu_pd(to, _mm512_maskz_compress_pd(static_cast<Mask>(bits), from.v));
+    }
+    static void pack(uint32_t bits, int32_t first, int32_t* to) {
+        const __m256i from = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(first));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_compress_epi32(static_cast<Mask>(bits), from));
+    }
 };
 
 #else  // AVX2, or any machine: the compiler's own vectors, 32 bytes wide
 
 constexpr int kVectorRegisters = 16;
+
+#ifdef __AVX2__
+// By a mask of 8 bits: which of 8 lanes of 4 bytes come first.
+struct Packings {
+    alignas(32) int32_t lanes[256][8] = {};
+    constexpr Packings() {
+        for (int bits = 0; bits < 256; ++bits)
+            for (int lane = 0, n = 0; lane < 8; ++lane)
+                if (bits >> lane & 1) lanes[bits][n++] = lane;
+    }
+};
+inline constexpr Packings kPackings;
+#endif
 
 template <int>
 struct Integer;
@@ -154,8 +185,57 @@ struct Vec {
     }
     static Mask either(Mask a, Mask b) { return a | b; }
     static Mask without(Mask a, Mask b) { return a & ~b; }
+#ifdef __AVX2__
+    static void pack(uint32_t bits, Vec from, T* to) {
+        if constexpr (sizeof(T) == 8) {  // a lane is two of 4 bytes
+            bits = (bits | bits << 2) & 0x33;
+            bits = ((bits | bits << 1) & 0x55) * 3;
+        }
+        const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPackings.lanes[bits]));
+        const __m256i packed = _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(from.v), lanes);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+    }
+    static void pack(uint32_t bits, int32_t first, int32_t* to) {
+        const auto* lanes = reinterpret_cast<const __m128i*>(kPackings.lanes[bits]);
+        for (int i = 0; i < width / 4; ++i)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + i,
+                             _mm_add_epi32(_mm_load_si128(lanes + i), _mm_set1_epi32(first)));
+    }
+#else
+    static void pack(uint32_t bits, Vec from, T* to) {
+        for (; bits != 0; bits &= bits - 1) *to++ = from.v[__builtin_ctz(bits)];
+    }
+    static void pack(uint32_t bits, int32_t first, int32_t* to) {
+        for (; bits != 0; bits &= bits - 1) *to++ = first + __builtin_ctz(bits);
+    }
+#endif
 };
 
 #endif
+
+// How many of the lanes from column j on there are.
+template <typename T>
+inline int lanes_at(int64_t j, int64_t columns) {
+    return static_cast<int>(columns - j < Vec<T>::width ? columns - j : Vec<T>::width);
+}
+
+template <typename T>
+inline uint32_t first_lanes(int n) {
+    return n == Vec<T>::width ? ~uint32_t{0} : (uint32_t{1} << n) - 1;
+}
+
+// The same as with n lanes, quickly where that is all of them.
+template <typename T>
+inline Vec<T> load_some(const T* from, int n) {
+    return n == Vec<T>::width ? Vec<T>::load(from) : Vec<T>::load(from, n);
+}
+
+template <typename T>
+inline void store_some(Vec<T> v, T* to, int n) {
+    if (n == Vec<T>::width)
+        v.store(to);
+    else
+        v.store(to, n);
+}
 
 }  // namespace sparse_backend
