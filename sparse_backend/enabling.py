@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_backend import _native, policy, surrogate
+from sparse_backend import _native, allocation, policy, surrogate
 from sparse_backend.layer_state import STATE, LayerState, NoState, check_module
 from sparse_backend.layers import InputState, LinearState, batch_norm_forward, convolution_forward, linear_forward
 from sparse_backend.timefusion.forward import FusionState, fused_forward
@@ -109,6 +109,7 @@ def enable(net: nn.Module, b_th: policy.BThSpec = "auto", *, fuse_time: bool = T
         warnings.warn(f"sparse_backend.enable changes nothing: {_why_nothing(found)}", UserWarning, stacklevel=2)
         return net
     _native.load()
+    allocation.keep_freed_memory()
     for module in net.modules():
         if _is_of_another(module):
             _restore(module)

@@ -80,7 +80,7 @@ class LayerState:
     #: of dense steps one in so many is counted: a prime, so that it is not the same one of every sequence
     COUNT_DENSE_EVERY = 31
     #: of a dense sequence so many entries are counted: those of some samples, at all steps
-    COUNT_DENSE_MOST = 1 << 20
+    COUNT_DENSE_MOST = 1 << 16
 
     def __init__(self, name: str, b_th: policy.BTh, tally: LayerTally | None = None) -> None:
         self.name, self.b_th = name, b_th

@@ -5,7 +5,7 @@ column (and g, with a second reset), per spike its column, int32 row pointers of
 needs them, and the membrane where beta learns. Dense bytes are two floats, V - threshold and the spike, for every
 neuron, sample and step: the least that ordinary back-propagation keeps (snnTorch keeps more). Both are sums over all
 calls that recorded a graph, as are active and spike fractions over all calls; dense steps are counted at every
-31st one, dense sequences on as many samples as make a million entries.
+31st one, dense sequences on as many samples as make 65,536 entries.
 """
 
 from __future__ import annotations
